@@ -1,0 +1,262 @@
+"""Flat flags: one frozen dataclass a job, read from ``--config FILE.toml`` and the command line.
+
+A job declares its flags as dataclass fields made by :func:`flag`; positional arguments by :func:`positional`.
+The field ``batch_size`` is the flag ``--batch-size`` and the TOML key ``batch-size`` (or ``batch_size``).
+Precedence: default < TOML file < command line. Unknown keys and bad values are a :class:`UsageError`
+before anything else happens. ``__post_init__`` of the dataclass holds the checks that need several fields.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from mfdist import storage
+from mfdist.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+C = TypeVar("C")
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    parse: Callable[[str], Any] | None = None,
+    choices: Sequence[str] = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    many: bool = False,
+) -> Any:
+    """A dataclass field that is a flag. ``help`` states meaning and unit; the default is added to it.
+
+    ``parse`` turns the text of the command line or of a TOML string into the value and raises ValueError
+    with a sentence; without it the field's type decides (int, float, str, bool). ``many``: one or more values.
+    """
+    meta = {"help": help, "parse": parse, "choices": tuple(choices), "at_least": at_least, "above": above,
+            "at_most": at_most, "many": many, "positional": False}  # fmt: skip
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def positional(help: str, *, optional: bool = False) -> Any:
+    """A dataclass field (tuple of str) that takes the arguments without a flag."""
+    return dataclasses.field(default=(), metadata={"help": help, "positional": True, "optional": optional})
+
+
+def parse_config(cls: type[C], argv: Sequence[str] | None, description: str, prog: str | None = None) -> C:
+    """Read ``argv`` (``sys.argv[1:]`` when None) into ``cls``; UsageError names the flag and the remedy."""
+    parser = _build_parser(cls, description, prog)
+    given = vars(parser.parse_args(sys.argv[1:] if argv is None else list(argv)))
+    config_file = given.pop("config", None)
+    values = read_toml(cls, config_file) if config_file else {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name in given:
+            values[field.name] = _convert(field, given[field.name], _flag_name(field.name), cls)
+    return cls(**values)
+
+
+def read_toml(cls: type[Any], path: str) -> dict[str, Any]:
+    """The values that a TOML file sets for ``cls``, converted and checked."""
+    try:
+        table = tomllib.loads(storage.read_text(path))
+    except FileNotFoundError:
+        raise UsageError(f"--config {path}: there is no such file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not valid TOML: {error}.") from None
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in fields:
+            raise UsageError(f"{path}: unknown key '{key}'.{_nearest(key, [_flag_name(n)[2:] for n in fields])}")
+        values[name] = _convert(fields[name], value, f"{path}: {key}", cls)
+    return values
+
+
+def to_toml(config: Any) -> str:
+    """Every key of ``config`` as TOML that :func:`read_toml` reads back; URLs are redacted."""
+    lines = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is None:
+            lines.append(f"# {_flag_name(field.name)[2:]} is not set")
+        else:
+            lines.append(f"{_flag_name(field.name)[2:]} = {_toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Every key of ``config`` as plain JSON values; URLs are redacted."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+# Parsers of values with units --------------------------------------------------------------------
+
+
+def parse_bytes(text: str) -> int:
+    """'4GiB', '512 MB', '1048576' as bytes."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match:
+        raise ValueError("expected a size such as 512MiB or 4GiB")
+    number, prefix, binary = match.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** " KMGT".index(prefix.upper() or " "))
+
+
+def parse_pair(text: str) -> tuple[float, float]:
+    """'0.9,0.999' as two numbers."""
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise ValueError("expected two numbers with a comma between them")
+    return float(parts[0]), float(parts[1])
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """'0.5,5.5' as a low and a higher number."""
+    low, high = parse_pair(text)
+    if not low < high:
+        raise ValueError("expected LOW,HIGH with LOW below HIGH")
+    return low, high
+
+
+# Inside -------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        hint = _nearest(unknown[1].split("=")[0], list(self._option_string_actions)) if unknown else ""
+        raise UsageError(f"{message}.{hint} See {self.prog} --help.")
+
+
+def _build_parser(cls: type[Any], description: str, prog: str | None) -> argparse.ArgumentParser:
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--config", metavar="FILE.toml", default=argparse.SUPPRESS,
+                        help="a TOML file that sets any of these flags; the command line wins")  # fmt: skip
+    for field in dataclasses.fields(cls):
+        meta = field.metadata
+        if meta["positional"]:
+            parser.add_argument(field.name, nargs="*" if meta["optional"] else "+", help=meta["help"],
+                                metavar=field.name.rstrip("s").upper(), default=argparse.SUPPRESS)  # fmt: skip
+            continue
+        name, text = _flag_name(field.name), f"{meta['help']} (default: {_shown(field.default)})".replace("%", "%%")
+        if isinstance(field.default, bool):
+            parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
+        else:
+            metavar = "|".join(meta["choices"]) or field.name.upper().split("_")[-1]
+            parser.add_argument(name, dest=field.name, metavar=metavar, help=text, default=argparse.SUPPRESS,
+                                nargs="+" if meta["many"] else None)  # fmt: skip
+    return parser
+
+
+def _convert(field: dataclasses.Field[Any], value: Any, where: str, cls: type[Any]) -> Any:
+    meta = field.metadata
+    if meta["positional"] or meta["many"]:
+        values = [value] if isinstance(value, str) else list(value)
+        if not all(isinstance(v, str) for v in values):
+            raise UsageError(f"{where}: expected text, got {value!r}.")
+        return tuple(values)
+    try:
+        if meta["parse"] is not None:
+            if isinstance(value, list):
+                value = ",".join(str(v) for v in value)
+            return meta["parse"](str(value))
+        kind = _plain_type(typing.get_type_hints(cls)[field.name])
+        return _checked(_typed(kind, value), meta)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}, got {value!r}.") from None
+
+
+def _typed(kind: type, value: Any) -> Any:
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError("expected true or false")
+        return value
+    if isinstance(value, bool):
+        raise ValueError(f"expected {_KIND_NAMES[kind]}")
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError("expected text")
+        return value
+    try:
+        number = float(value) if kind is float else _whole(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected {_KIND_NAMES[kind]}") from None
+    if not math.isfinite(number):
+        raise ValueError("expected a finite number")
+    return number
+
+
+_KIND_NAMES = {int: "a whole number", float: "a number", str: "text"}
+
+
+def _whole(value: Any) -> int:
+    number = float(value)
+    if number != int(number):
+        raise ValueError
+    return int(value) if isinstance(value, int) or re.fullmatch(r"[+-]?\d+", str(value)) else int(number)
+
+
+def _checked(value: Any, meta: Any) -> Any:
+    if meta["choices"] and value not in meta["choices"]:
+        raise ValueError(f"expected one of {', '.join(meta['choices'])}")
+    for name, holds, words in (("at_least", lambda a, b: a >= b, "at least"), ("above", lambda a, b: a > b, "above"),
+                               ("at_most", lambda a, b: a <= b, "at most")):  # fmt: skip
+        if meta[name] is not None and not holds(value, meta[name]):
+            raise ValueError(f"expected a number {words} {meta[name]}")
+    return value
+
+
+def _plain_type(hint: Any) -> type:
+    """``int`` of ``int | None``."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return hint  # type: ignore[no-any-return]
+
+
+def _flag_name(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in default)
+    return "not set" if default is None else str(default)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return storage.redact(value) if isinstance(value, str) else value
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        if all(isinstance(v, (int, float)) for v in value):
+            return '"' + ",".join(repr(v) for v in value) + '"'
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    if isinstance(value, str):
+        text = storage.redact(value).replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{text}"'
+    return repr(value)

@@ -1,0 +1,180 @@
+"""The ranks of a run and the few collectives that mfdist uses.
+
+One process is a world of size 1 through the same calls. Under torchrun (or ``python -m mfdist.launch``)
+:meth:`World.open` joins the process group: gloo on CPUs, nccl for tensors on GPUs with gloo beside it for
+the small float64 sums and for objects. This module is the only importer of process-group calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from mfdist.errors import UsageError
+
+Floats = npt.NDArray[np.float64]
+T = TypeVar("T")
+
+
+class World:
+    """This process among its peers: ``rank`` of ``size``, and the ``device`` that it computes on.
+
+    ``alone()`` gives a world of size 1 without a process group, for library use in one process.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device, *, connected: bool) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device
+        self._connected = connected
+        self._replicas: list[DistributedDataParallel] = []
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @staticmethod
+    def alone(device: str = "cpu") -> World:
+        return World(0, 1, choose_device(device, 0), connected=False)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def open(device: str = "auto", timeout_seconds: float = 600.0) -> Iterator[World]:
+        """Join the process group that the environment describes; every rank calls. Leaves it on every way out."""
+        world = _connect(device, timeout_seconds)
+        try:
+            yield world
+        except BaseException:
+            world._leave(all_alive=False)
+            raise
+        world._leave(all_alive=True)
+
+    # Collectives: every rank calls each of these, in the same order --------------------------------
+
+    def sum(self, values: npt.ArrayLike) -> Floats:
+        """The elementwise float64 sum over all ranks, on every rank."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: npt.ArrayLike) -> Floats:
+        """The elementwise float64 maximum over all ranks, on every rank."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank's flag is set."""
+        return bool(self.max([float(flag)])[0])
+
+    def broadcast(self, value: T | None) -> T:
+        """Rank 0's ``value`` on every rank (any picklable object)."""
+        if self.size == 1:
+            return value  # type: ignore[return-value]
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's ``value``, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            self.sum([0.0])
+
+    def all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_rows: list[int], sent_rows: list[int]
+    ) -> None:
+        """Send ``sent_rows[r]`` leading rows' worth of ``sent`` to rank r, in rank order; fills ``received`` likewise."""
+        if self.size == 1:
+            received.copy_(sent)
+        else:
+            dist.all_to_all_single(received, sent, received_rows, sent_rows)
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum ``tensor`` over all ranks, in place, on its own device."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        dist.send(tensor, to)
+
+    def receive(self, tensor: torch.Tensor, source: int) -> None:
+        dist.recv(tensor, source)
+
+    def replicate(self, module: torch.nn.Module) -> torch.nn.Module:
+        """``module`` under DistributedDataParallel; as it is where it has no parameter to reduce (DDP refuses that)."""
+        if not self._connected or not any(p.requires_grad for p in module.parameters()):
+            return module
+        replica = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self._replicas.append(replica)
+        return replica
+
+    # Inside ----------------------------------------------------------------------------------------
+
+    def _reduce(self, values: npt.ArrayLike, op: Any) -> Floats:
+        array = np.array(values, dtype=np.float64)
+        if self.size > 1:
+            dist.all_reduce(torch.from_numpy(array), op)
+        return array
+
+    def _leave(self, all_alive: bool) -> None:
+        """Delete the DDP objects, then the group: a gloo DDP alive at exit can abort the process."""
+        while self._replicas:
+            replica = self._replicas.pop()
+            replica.reducer = None
+            del replica
+        if self._connected and dist.is_initialized():
+            if all_alive:
+                self.barrier()
+            dist.destroy_process_group()
+
+
+def _connect(device: str, timeout_seconds: float) -> World:
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if "RANK" in os.environ:
+        _bind_gloo_to_loopback_if_alone(size)
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return World(rank, size, chosen, connected=True)
+
+
+def _bind_gloo_to_loopback_if_alone(size: int) -> None:
+    """On one host whose name does not resolve, gloo cannot find its own address: use the loopback device."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 0)) != size or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    try:
+        socket.gethostbyname(socket.gethostname())
+    except OSError:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The device for ``--device auto|cpu|cuda`` and a local rank; UsageError where there is no such device."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu.")
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {name}: local rank {local_rank} has no GPU of its own, this host has "
+            f"{torch.cuda.device_count()}; start fewer processes (--nproc_per_node) or use --device cpu."
+        )
+    return torch.device("cuda", local_rank)

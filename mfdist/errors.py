@@ -1,0 +1,65 @@
+"""The errors that a user can cause or meet, each with the exit code of its kind.
+
+Raise one of these with one or two plain sentences: what is wrong, where (file, row group, row or flag),
+what to do. :func:`exit_code_of` turns it into that text on stderr and the exit code, without a traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+
+
+class MfdistError(Exception):
+    """Anything that mfdist can explain; exit code 1 unless a subclass says better."""
+
+    exit_code = 1
+
+
+class UsageError(MfdistError):
+    """Bad usage or configuration: running the same command again cannot help."""
+
+    exit_code = 2
+
+
+class DataError(MfdistError):
+    """The input data is missing, damaged or not what it claims to be."""
+
+    exit_code = 3
+
+
+class DivergedError(MfdistError):
+    """The loss became NaN or infinite."""
+
+    exit_code = 4
+
+
+class ComparisonError(MfdistError):
+    """A comparison that was required (``evaluate --require-better``) was not met."""
+
+    exit_code = 5
+
+
+class StopRequested(MfdistError):
+    """Stopped by request with a checkpoint written: run the same command again (EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
+def exit_code_of(job: Callable[[], int | None]) -> int:
+    """Run ``job`` and return the process's exit code, printing an error of the user's as its sentences alone.
+
+    An unexpected exception keeps its traceback and gives 1.
+    """
+    try:
+        return job() or 0
+    except MfdistError as error:
+        print(f"{'stopped' if error.exit_code == 75 else 'error'}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped: interrupted by the keyboard", file=sys.stderr, flush=True)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1

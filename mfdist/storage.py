@@ -1,0 +1,142 @@
+"""Paths: local ones and any fsspec URL behind the same few calls.
+
+A path is a ``str``. Local files are written beside their target and renamed; on an object store a
+file appears whole when it is closed. URLs are redacted before they reach a log or a report.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+import fsspec
+import pyarrow.fs as pafs
+from fsspec.core import url_to_fs
+
+
+def is_local(path: str) -> bool:
+    """Whether ``path`` names the local disk (no protocol, or ``file://``)."""
+    return "://" not in path or path.startswith(("file://", "local://"))
+
+
+def local_path(path: str) -> str:
+    """The local file name of a path for which :func:`is_local` holds."""
+    return re.sub(r"^(file|local)://", "", path)
+
+
+def join(base: str, *parts: str) -> str:
+    """``base`` and ``parts`` as one path; ``base`` may be a URL."""
+    return "/".join([base.rstrip("/") if base != "/" else "", *parts])
+
+
+def name_of(path: str) -> str:
+    """The last part of a path or URL."""
+    return PurePosixPath(path.rstrip("/")).name
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """The fsspec filesystem of ``path`` and the path inside it."""
+    fs, inner = url_to_fs(local_path(path) if is_local(path) else path)
+    return fs, inner
+
+
+def arrow_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+    """A pyarrow filesystem and the path inside it; local paths get Arrow's own, which never holds the GIL."""
+    if is_local(path):
+        return pafs.LocalFileSystem(), os.path.abspath(local_path(path))
+    fs, inner = filesystem(path)
+    return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), inner
+
+
+def exists(path: str) -> bool:
+    fs, inner = filesystem(path)
+    return bool(fs.exists(inner))
+
+
+def is_dir(path: str) -> bool:
+    fs, inner = filesystem(path)
+    return bool(fs.isdir(inner))
+
+
+def size(path: str) -> int:
+    """Bytes of a file; FileNotFoundError where there is none."""
+    fs, inner = filesystem(path)
+    return int(fs.size(inner))
+
+
+def list_names(path: str) -> list[str]:
+    """Sorted names in a directory; empty where it does not exist."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    if not fs.isdir(inner):
+        return []
+    return sorted(name_of(entry) for entry in fs.ls(inner, detail=False))
+
+
+def make_dirs(path: str) -> None:
+    fs, inner = filesystem(path)
+    fs.makedirs(inner, exist_ok=True)
+
+
+def remove(path: str) -> None:
+    """Remove a file or a whole directory; nothing happens where there is none."""
+    if is_local(path):
+        local = local_path(path)
+        if os.path.isdir(local) and not os.path.islink(local):
+            shutil.rmtree(local, ignore_errors=False)
+        elif os.path.lexists(local):
+            os.unlink(local)
+        return
+    fs, inner = filesystem(path)
+    if fs.exists(inner):
+        fs.rm(inner, recursive=True)
+
+
+def open_read(path: str) -> IO[bytes]:
+    fs, inner = filesystem(path)
+    stream: IO[bytes] = fs.open(inner, "rb")
+    return stream
+
+
+def read_bytes(path: str) -> bytes:
+    with open_read(path) as stream:
+        return stream.read()
+
+
+def read_text(path: str) -> str:
+    return read_bytes(path).decode()
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Write a whole file so that a reader sees the old content or the new, never a part; makes its folder."""
+    if is_local(path):
+        local = local_path(path)
+        os.makedirs(os.path.dirname(os.path.abspath(local)), exist_ok=True)
+        partial = f"{local}.{os.getpid()}.tmp"
+        try:
+            with open(partial, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, local)
+        finally:
+            if os.path.exists(partial):
+                os.unlink(partial)
+        return
+    with fsspec.open(path, "wb") as stream:
+        stream.write(content)
+
+
+def write_text(path: str, content: str) -> None:
+    write_bytes(path, content.encode())
+
+
+_SECRET_KEY = re.compile(r"(?i)([?&;](?:[^=&;]*(?:key|token|secret|password|signature|sig|credential)[^=&;]*)=)[^&;]*")
+
+
+def redact(path: str) -> str:
+    """``path`` without user, password and secret query values: fit for logs, configs and reports."""
+    return _SECRET_KEY.sub(r"\1***", re.sub(r"://[^/@]*@", "://***@", path))
