@@ -135,8 +135,9 @@ def test_a_second_signal_does_not_cut_a_save_short(worker: str, tmp_path: Path) 
     process = start(worker, tmp_path, "slow", "slow")
     process.send_signal(signal.SIGUSR1)
     wait_for(tmp_path / "rank0-SIGUSR1", tmp_path / "rank1-SIGUSR1")
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
     process.communicate(timeout=30)
     assert process.returncode == 75
     assert (tmp_path / "rank0-saved").exists() and (tmp_path / "rank1-saved").exists()
