@@ -136,11 +136,11 @@ class Dataset:
 
     def counts(self, side: str, first: int = 0, end: int | None = None) -> npt.NDArray[np.int64]:
         """Training ratings of rows ``first`` to ``end`` of ``side`` ('users' or 'items'): int64, (end - first,)."""
-        return _column_range(storage.join(self.path, f"{side}.parquet"), "ratings", first, end).to_numpy()  # type: ignore[no-any-return]
+        return column_range(storage.join(self.path, f"{side}.parquet"), "ratings", first, end).to_numpy()  # type: ignore[no-any-return]
 
     def ids(self, side: str, first: int = 0, end: int | None = None) -> pa.ChunkedArray:
         """Original ids (strings) of rows ``first`` to ``end`` of ``side`` ('users' or 'items')."""
-        return _column_range(storage.join(self.path, f"{side}.parquet"), "id", first, end)
+        return column_range(storage.join(self.path, f"{side}.parquet"), "id", first, end)
 
     def check_files(self, splits: tuple[str, ...] = SPLITS) -> None:
         """Compare existence, size and row count of every file with the manifest; DataError names the first fault."""
@@ -187,7 +187,7 @@ def verify(dataset: Dataset) -> Iterator[str]:
             yield f"{storage.redact(path)} {fault}"
 
 
-def _column_range(path: str, column: str, first: int, end: int | None) -> pa.ChunkedArray:
+def column_range(path: str, column: str, first: int, end: int | None) -> pa.ChunkedArray:
     """Rows ``first`` to ``end`` of one column, touching only the row groups that hold them."""
     fs, inner = storage.arrow_filesystem(path)
     with pq.ParquetFile(inner, filesystem=fs) as file:

@@ -6,9 +6,11 @@ file appears whole when it is closed. URLs are redacted before they reach a log 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -110,21 +112,49 @@ def read_text(path: str) -> str:
     return read_bytes(path).decode()
 
 
+@contextlib.contextmanager
+def open_write(path: str) -> Iterator[IO[bytes]]:
+    """A stream whose content stands at ``path`` whole once the block ends; an error in the block leaves what was there.
+
+    Makes the folder of a local path. On an object store the upload is completed at the end of the block, or dropped.
+    """
+    with _local_write(local_path(path)) if is_local(path) else _remote_write(path) as stream:
+        yield stream
+
+
+@contextlib.contextmanager
+def _local_write(local: str) -> Iterator[IO[bytes]]:
+    os.makedirs(os.path.dirname(os.path.abspath(local)), exist_ok=True)
+    partial = f"{local}.{os.getpid()}.tmp"
+    try:
+        with open(partial, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, local)
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
+
+
+@contextlib.contextmanager
+def _remote_write(path: str) -> Iterator[IO[bytes]]:
+    fs, inner = filesystem(path)
+    stream = fs.open(inner, "wb", autocommit=False)
+    try:
+        yield stream
+    except BaseException:
+        stream.discard()
+        raise
+    stream.close()
+    stream.commit()
+
+
 def write_bytes(path: str, content: bytes) -> None:
     """Write a whole file so that a reader sees the old content or the new, never a part; makes its folder."""
     if is_local(path):
-        local = local_path(path)
-        os.makedirs(os.path.dirname(os.path.abspath(local)), exist_ok=True)
-        partial = f"{local}.{os.getpid()}.tmp"
-        try:
-            with open(partial, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, local)
-        finally:
-            if os.path.exists(partial):
-                os.unlink(partial)
+        with open_write(path) as stream:
+            stream.write(content)
         return
     with fsspec.open(path, "wb") as stream:
         stream.write(content)
