@@ -145,6 +145,8 @@ def _remote_write(path: str) -> Iterator[IO[bytes]]:
         yield stream
     except BaseException:
         stream.discard()
+        with contextlib.suppress(AttributeError):
+            stream.closed = True  # else the collector closes it later, which would upload what was dropped
         raise
     stream.close()
     stream.commit()
