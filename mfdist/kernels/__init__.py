@@ -1,0 +1,1 @@
+"""The arithmetic of a training step on packed rows: one interface, a plain torch reference and fast ones."""
