@@ -95,3 +95,57 @@ class SliceSums:
 
 def _figures(sums: FloatArray) -> dict[str, Any]:
     return {"rows": int(sums[0]), "rmse": rmse(sums[1], sums[0]), "mae": mae(sums[2], sums[0])}
+
+
+# Comparing two predictors -------------------------------------------------------------------------
+
+BLOCKS = 4096
+REPLICATES = 2000
+
+
+def hash_rows(first: Array, second: Array | int, seed: int) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash (splitmix64, Steele, Lea, Flood 2014) of two whole numbers and a seed, elementwise."""
+    key = np.array([seed % 2**64], np.uint64)
+    for value in (first, second):
+        key = _mix((key + np.uint64(0x9E3779B97F4A7C15)) ^ np.asarray(value).astype(np.uint64))
+    return key
+
+
+def block_of(user: Array, item: Array, seed: int) -> npt.NDArray[np.int64]:
+    """The bootstrap block, 0 to BLOCKS - 1, of each row: by a hash of its pair, so the same for any lanes or ranks."""
+    return (hash_rows(user, item, seed) >> np.uint64(52)).astype(np.int64)
+
+
+def bootstrap_interval(
+    rows: Array, sse: Array, other_sse: Array, seed: int, level: float = 0.95
+) -> tuple[float, float, float]:
+    """(RMSE difference, low, high): the paired percentile bootstrap interval of RMSE(sse) - RMSE(other_sse).
+
+    Arguments are sums of each of BLOCKS blocks, float64 (BLOCKS,). Blocks are resampled with replacement,
+    both predictors by the same draw. A block holds rows chosen by hash, so that its sums vary as those of as many
+    rows at random, and the memory is that of the blocks, whatever the number of rows.
+    """
+    used = np.flatnonzero(rows)
+    if not len(used):
+        return math.nan, math.nan, math.nan
+    sums = np.stack([rows[used], sse[used], other_sse[used]], axis=1)
+    rng = np.random.default_rng([seed, 0xB007])
+    share = np.full(len(used), 1.0 / len(used))
+    differences = np.concatenate([
+        _difference(rng.multinomial(len(used), share, size=100) @ sums) for _ in range(REPLICATES // 100)
+    ])  # fmt: skip
+    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    return float(_difference(sums.sum(axis=0))), float(low), float(high)
+
+
+def _difference(sums: FloatArray) -> FloatArray:
+    """RMSE difference of (..., 3) sums: rows, squared errors of the one and of the other."""
+    total = np.sqrt(sums[..., 1] / sums[..., 0]) - np.sqrt(sums[..., 2] / sums[..., 0])
+    return np.asarray(total, np.float64)
+
+
+def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: npt.NDArray[np.uint64] = value ^ (value >> np.uint64(31))
+    return mixed

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfdist.metrics import COLUMNS, SLICES, SliceSums, clip_to_scale, round_to_scale
+from mfdist.metrics import (
+    BLOCKS,
+    COLUMNS,
+    SLICES,
+    SliceSums,
+    block_of,
+    bootstrap_interval,
+    clip_to_scale,
+    round_to_scale,
+)
 
 
 def vignette_stars(value: float) -> int:
@@ -95,3 +104,34 @@ def test_sums_add_over_any_cut(rows, cut):
     assert added.values.shape == (len(SLICES), len(COLUMNS))
     assert added.summary() == whole.summary()
     assert sum(added.summary()["slices"][name]["rows"] for name in SLICES) == len(rows)
+
+
+def test_the_interval_is_that_of_resampled_rows():
+    """Rows in blocks by hash vary as rows do: the interval is the one that resampling rows gives."""
+    rng = np.random.default_rng(3)
+    rows = 20_000
+    truth, own = rng.normal(0, 1, rows) ** 2, rng.normal(0, 1, rows) ** 2
+    other = 0.9 * own + 0.1 * truth
+    block = block_of(np.arange(rows), np.zeros(rows, np.int64), 0)
+    sums = [np.bincount(block, values, BLOCKS) for values in (np.ones(rows), own, other)]
+    difference, low, high = bootstrap_interval(*sums, seed=0)
+    draws = rng.integers(0, rows, (2000, rows), dtype=np.int32)
+    plain = np.array([math.sqrt(own[d].mean()) - math.sqrt(other[d].mean()) for d in draws])
+    assert difference == pytest.approx(math.sqrt(own.mean()) - math.sqrt(other.mean()), abs=1e-12)
+    assert (low, high) == pytest.approx(tuple(np.quantile(plain, [0.025, 0.975])), abs=0.1 * np.ptp(plain) / 4)
+    assert bootstrap_interval(*sums, seed=0) == (difference, low, high)
+    assert bootstrap_interval(*sums, seed=1) != (difference, low, high)
+
+
+def test_a_predictor_against_itself_has_an_empty_interval():
+    sums = np.random.default_rng(0).random((2, BLOCKS))
+    assert bootstrap_interval(sums[0], sums[1], sums[1], seed=0) == (0.0, 0.0, 0.0)
+    assert all(math.isnan(value) for value in bootstrap_interval(np.zeros(BLOCKS), sums[0], sums[1], seed=0))
+
+
+def test_blocks_are_even_and_depend_on_pair_and_seed():
+    user, item = np.repeat(np.arange(300), 300), np.tile(np.arange(300), 300)
+    block = block_of(user, item, 0)
+    counts = np.bincount(block, minlength=BLOCKS)
+    assert len(counts) == BLOCKS and counts.var() == pytest.approx(len(user) / BLOCKS, rel=0.2)  # Poisson
+    assert (block != block_of(item, user, 0)).mean() > 0.9 and (block != block_of(user, item, 1)).mean() > 0.9

@@ -1,0 +1,34 @@
+"""Evaluate runs on their validation rows: one table with floors, slices and tested differences.
+
+python jobs/evaluate.py runs/advanced
+torchrun --nproc_per_node=4 jobs/evaluate.py runs/advanced runs/svd --out comparison.json
+python jobs/evaluate.py runs/advanced --require-better runs/svd     # ends with 5 unless it is
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from mfdist.config import parse_config
+from mfdist.distributed import World
+from mfdist.errors import exit_code_of
+from mfdist.evaluate import EvaluateConfig, check_required, evaluate_runs, format_table, write_result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(EvaluateConfig, argv, __doc__ or "")
+    with World.open("cpu") as world:
+        result = evaluate_runs(config, world)
+        if world.is_main:
+            print(format_table(result))
+            if config.out is not None:
+                write_result(config.out, result)
+    check_required(config, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(record(main)))
