@@ -181,13 +181,14 @@ class ReplicatedTable(Table):
         self._touched.zero_()
 
     def _update_touched(self, touched: torch.Tensor) -> None:
-        self.optimizer.catch_up(self.weight.data, self.rows.state, self.rows.last, self.step - 1)
+        """Move the rows that any rank's batch touched; the others only decay."""
+        everything = Rows(self.weight.data, self.rows.state, self.rows.last)
         index = touched.nonzero()[:, 0]
-        rows = Rows(self.weight.data, self.rows.state, self.rows.last).take(index)
+        rows = everything.take(index)
         assert self.weight.grad is not None
-        self.optimizer.catch_up(self.weight.data, self.rows.state, torch.full_like(self.rows.last, 1 - self.step), self.step)
         self.optimizer.update(rows.weight, rows.state, self.weight.grad[index], self.step)
-        Rows(self.weight.data, self.rows.state, self.rows.last).put(index, rows)
+        self.optimizer.catch_up(everything.weight, everything.state, everything.last, self.step)
+        everything.put(index, rows)
 
     def read(self, rows: torch.Tensor) -> Rows:
         """Settled rows; every rank calls (it need not, here)."""
