@@ -57,7 +57,7 @@ ELECTRONICS = Preset(
     rows=_ELECTRONICS_ROWS,
     users=_ELECTRONICS_USERS,
     items=_ELECTRONICS_ITEMS,
-    effects=Effects(user_bias_sd=1.0, item_bias_sd=0.8, factor_sd=0.5, rank=4),
+    effects=Effects(user_bias_sd=0.8, item_bias_sd=0.96, factor_sd=0.3, rank=4),
     histogram=(901_765, 456_322, 633_073, 1_485_781, 4_347_541),
     days=(912_729_600 // DAY_SECONDS, 1_405_987_200 // DAY_SECONDS),
 )
