@@ -40,6 +40,11 @@ class Seen(NamedTuple):
     starts: Ints
     items: Ints
 
+    def cut(self, users: slice) -> Seen:
+        """The part of users ``start`` to ``stop``."""
+        starts = self.starts[users.start : users.stop + 1]
+        return Seen(starts - starts[0], self.items[starts[0] : starts[-1]])
+
 
 def seen_items(dataset: Dataset, lane: int, users: Ints) -> Seen:
     """The training items of ``users`` (ascending rows of one lane), from one pass over the lane's files."""
@@ -68,7 +73,8 @@ def top_items(
     score = np.full((len(users), k), -np.inf)
     for first in range(0, len(users), USER_BLOCK):
         block = slice(first, min(first + USER_BLOCK, len(users)))
-        items[block], score[block] = _top_of_block(model, users[block], k, _cut(seen, block), torch.device(device))
+        hidden = None if seen is None else seen.cut(block)
+        items[block], score[block] = _top_of_block(model, users[block], k, hidden, torch.device(device))
     own = np.zeros(len(users)) if model.user_bias is None else np.where(users < 0, 0.0, model.user_bias[users])
     rating = model.rating_of_score(score + own[:, None] + model.offset)
     empty = np.isneginf(score)
@@ -101,13 +107,6 @@ def _hide(score: torch.Tensor, seen: Seen, first: int) -> None:
     user = np.repeat(np.arange(len(seen.starts) - 1), np.diff(seen.starts))
     inside = np.flatnonzero((seen.items >= first) & (seen.items < first + score.shape[1]))
     score[torch.from_numpy(user[inside]), torch.from_numpy(seen.items[inside] - first)] = -torch.inf
-
-
-def _cut(seen: Seen | None, block: slice) -> Seen | None:
-    if seen is None:
-        return None
-    starts = seen.starts[block.start : block.stop + 1]
-    return Seen(starts - starts[0], seen.items[starts[0] : starts[-1]])
 
 
 # Metrics ------------------------------------------------------------------------------------------

@@ -1,0 +1,107 @@
+"""From Python: ``mfdist.prepare_frame(frame, out)`` and ``mfdist.load(RUN)``, on original ids.
+
+>>> model = mfdist.load("runs/advanced")
+>>> model.predict(["A2CX7LUOHB2NDG"], ["B00004SABB"])
+array([4.31...])
+>>> model.recommend(["A2CX7LUOHB2NDG"], k=10).to_pandas()       # user_id, item_id, rank, score
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mfdist.dataset import Dataset
+from mfdist.errors import UsageError
+from mfdist.evaluate import dataset_of_run
+from mfdist.export import ExportedModel
+from mfdist.ranking import seen_items, top_items
+from mfdist.recommend import check_dataset, refuse_unknown, table_of
+
+if TYPE_CHECKING:
+    from mfdist.prepare import prepare_frame
+
+__all__ = ["Model", "load", "prepare_frame"]
+
+
+def __getattr__(name: str) -> Any:
+    """``prepare_frame`` on first use: it needs polars, which a machine that only predicts may not have."""
+    if name == "prepare_frame":
+        from mfdist import prepare
+
+        return prepare.prepare_frame
+    raise AttributeError(f"module 'mfdist.api' has no attribute '{name}'")
+
+
+def load(run: str) -> Model:
+    """The exported model of a run directory (local or URL); DataError where there is none. Runs no code from it."""
+    return Model(ExportedModel.open(str(run)))
+
+
+class Model:
+    """A trained model on original ids. Ids may be given as text or as whole numbers (one id, not two)."""
+
+    def __init__(self, exported: ExportedModel) -> None:
+        self.exported = exported
+
+    def predict(self, user_ids: Iterable[Any], item_ids: Iterable[Any]) -> npt.NDArray[np.float64]:
+        """Predicted ratings of pairs, not clipped to the scale: float64 (pairs,).
+
+        For an id outside the vocabulary the known side decides; a model without biases gives the training mean.
+        """
+        users, items = _texts(user_ids), _texts(item_ids)
+        if len(users) != len(items):
+            raise UsageError(f"predict needs as many users as items, got {len(users)} and {len(items)}.")
+        return self.exported.predict(self.exported.rows_of("users", users), self.exported.rows_of("items", items))
+
+    def recommend(
+        self, user_ids: Iterable[Any], k: int = 10, *, exclude_seen: bool = False, data: str | None = None
+    ) -> pa.Table:
+        """The k best items of each user: a table of user_id, item_id, rank (from 1) and score, in the users' order.
+
+        ``exclude_seen`` leaves out what the user has rated in the training rows; it reads the run's dataset, from
+        ``data`` where that has moved. A user outside the vocabulary gets the items by bias; UsageError without biases.
+        """
+        if k < 1:
+            raise UsageError(f"recommend needs k of at least 1, got {k}.")
+        names = _texts(user_ids)
+        rows = self.exported.rows_of("users", names)
+        refuse_unknown(self.exported, [name for name, row in zip(names, rows.tolist(), strict=True) if row < 0])
+        if not exclude_seen:
+            items, ratings = top_items(self.exported, rows, k)
+            return table_of(self.exported, pa.array(names, pa.string()), items, ratings)
+        dataset = Dataset.open(data or dataset_of_run(self.exported.run))
+        check_dataset(self.exported, dataset)
+        return self._recommend_unseen(dataset, names, rows, k)
+
+    def _recommend_unseen(self, dataset: Dataset, names: list[str], rows: npt.NDArray[np.int64], k: int) -> pa.Table:
+        """Lane by lane, each lane read once; then back in the order asked for."""
+        items = np.full((len(rows), k), -1, np.int64)
+        ratings = np.full((len(rows), k), np.nan)
+        for lane, places in _by_lane(dataset, rows):
+            unique, back = np.unique(rows[places], return_inverse=True)
+            seen = None if lane is None else seen_items(dataset, lane, unique)
+            found, score = top_items(self.exported, unique, k, seen)
+            items[places], ratings[places] = found[back], score[back]
+        return table_of(self.exported, pa.array(names, pa.string()), items, ratings)
+
+
+def _by_lane(dataset: Dataset, rows: npt.NDArray[np.int64]) -> list[tuple[int | None, npt.NDArray[np.int64]]]:
+    """(lane, places in ``rows`` of its users), and (None, places) of those outside the vocabulary."""
+    groups: list[tuple[int | None, npt.NDArray[np.int64]]] = [(None, np.flatnonzero(rows < 0))]
+    for number, lane in enumerate(dataset.manifest.lanes):
+        inside = np.zeros(len(rows), bool)
+        for first, end in lane.user_ranges:
+            inside |= (rows >= first) & (rows < end)
+        groups.append((number, np.flatnonzero(inside)))
+    return [(lane, places) for lane, places in groups if len(places)]
+
+
+def _texts(ids: Iterable[Any]) -> list[str]:
+    if isinstance(ids, (str, bytes)):
+        raise UsageError(f"expected a list of ids, got the single text {ids!r}.")
+    return [str(name) for name in ids]
