@@ -1,0 +1,133 @@
+"""The Kubernetes manifests: valid by schema, right in meaning, and run as pods in network namespaces."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from manifests import Manifest, containers, env_of, find, lint, pod_spec, render
+
+K8S = Path(__file__).parents[1] / "k8s"
+KUSTOMIZATIONS = ["train", "overlays/one-gpu-node", "overlays/several-nodes", "overlays/object-store"]
+PLAIN = ["storage", "prepare", "baseline", "evaluate"]
+
+
+def manifests_of(name: str) -> list[Manifest]:
+    return (
+        render(K8S / name) if name in KUSTOMIZATIONS else list(yaml.safe_load_all((K8S / f"{name}.yaml").read_text()))
+    )
+
+
+@pytest.mark.parametrize("version", ["1.33", "1.37"])
+@pytest.mark.parametrize("name", KUSTOMIZATIONS + PLAIN)
+def test_schema(name: str, version: str) -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="needs the package kubernetes-validate")
+    for manifest in manifests_of(name):
+        validate.validate(manifest, version, strict=True)
+
+
+def test_the_schema_check_catches_a_misspelt_key() -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="needs the package kubernetes-validate")
+    job = find(manifests_of("train"), "Job", "mfdist-train")
+    job["spec"]["podReplacmentPolicy"] = "Failed"
+    with pytest.raises(validate.ValidationError):
+        validate.validate(job, "1.33", strict=True)
+
+
+@pytest.mark.parametrize("name", KUSTOMIZATIONS + PLAIN)
+def test_meaning(name: str) -> None:
+    assert lint(manifests_of(name)) == []
+
+
+def set_env(name: str, value: str) -> Callable[[Manifest, Manifest, Manifest], Any]:
+    def change(job: Manifest, service: Manifest, container: Manifest) -> None:
+        next(entry for entry in container["env"] if entry["name"] == name)["value"] = value
+
+    return change
+
+
+BREAKS: dict[str, tuple[Callable[[Manifest, Manifest, Manifest], Any], str]] = {
+    "restart policy": (lambda j, s, c: pod_spec(j).update(restartPolicy="OnFailure"), "restartPolicy"),
+    "replacement": (lambda j, s, c: j["spec"].update(podReplacementPolicy="TerminatingOrFailed"), "podReplacementPolicy"),
+    "75 counted": (lambda j, s, c: j["spec"]["podFailurePolicy"]["rules"].pop(1), "75"),
+    "3 retried": (lambda j, s, c: j["spec"]["podFailurePolicy"]["rules"][2]["onExitCodes"]["values"].remove(3), "must fail"),
+    "1 ignored": (lambda j, s, c: j["spec"]["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"].append(1), "ignored"),
+    "eviction": (lambda j, s, c: j["spec"]["podFailurePolicy"]["rules"].pop(0), "evicted"),
+    "container": (lambda j, s, c: c.update(name="worker"), "container that is not there"),
+    "grace": (lambda j, s, c: pod_spec(j).update(terminationGracePeriodSeconds=150), "grace"),
+    "time-out": (set_env("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "200"), "grace"),
+    "nodes": (set_env("PET_NNODES", "2"), "differ"),
+    "completions": (lambda j, s, c: j["spec"].update(completions=4), "differ"),
+    "indexed": (lambda j, s, c: j["spec"].update(completionMode="NonIndexed"), "Indexed"),
+    "endpoint": (set_env("PET_RDZV_ENDPOINT", "mfdist-train-1.mfdist-train:29400"), "index 0"),
+    "backend": (set_env("PET_RDZV_BACKEND", "static"), "c10d"),
+    "port": (set_env("PET_RDZV_ENDPOINT", "mfdist-train-0.mfdist-train:29500"), "port"),
+    "selector": (lambda j, s, c: s["spec"].update(selector={"app": "mfdist"}), "select"),
+    "headless": (lambda j, s, c: s["spec"].pop("clusterIP"), "headless"),
+    "not ready": (lambda j, s, c: s["spec"].update(publishNotReadyAddresses=False), "not ready"),
+    "subdomain": (lambda j, s, c: pod_spec(j).update(subdomain="other"), "no Service"),
+    "cores": (set_env("PET_NPROC_PER_NODE", "64"), "cores"),
+    "GPUs": (lambda j, s, c: [c["resources"][k].update({"nvidia.com/gpu": "2"}) for k in c["resources"]], "GPUs"),
+    "GPU request": (lambda j, s, c: c["resources"]["limits"].update({"nvidia.com/gpu": "4"}), "nvidia.com/gpu differ"),
+    "memory": (lambda j, s, c: c["resources"]["requests"].update(memory="1Gi"), "memory"),
+    "long name": (lambda j, s, c: j["metadata"].update(name="m" * 60), "DNS"),
+    "latest": (lambda j, s, c: c.update(image="mfdist:latest"), "tag"),
+    "no tag": (lambda j, s, c: c.update(image="mfdist"), "tag"),
+    "secret": (lambda j, s, c: c["env"].append({"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}), "secret"),
+    "root": (lambda j, s, c: pod_spec(j)["securityContext"].pop("runAsNonRoot"), "root"),
+    "root disk": (lambda j, s, c: c["securityContext"].update(readOnlyRootFilesystem=False), "writable"),
+    "capabilities": (lambda j, s, c: c["securityContext"].pop("capabilities"), "capabilities"),
+    "shm": (lambda j, s, c: c["volumeMounts"].pop(2), "/dev/shm"),
+    "shm on disk": (lambda j, s, c: pod_spec(j)["volumes"][2]["emptyDir"].pop("medium"), "memory"),
+    "no volume": (lambda j, s, c: pod_spec(j)["volumes"].pop(0), "no volume"),
+    "config": (lambda j, s, c: c["args"].__setitem__(2, "/etc/mfdist/other.toml"), "no volume"),
+    "backoff": (lambda j, s, c: j["spec"].update(backoffLimit=2), "backoffLimit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_lint_catches(name: str) -> None:
+    manifests = copy.deepcopy(manifests_of("train"))
+    job, service = find(manifests, "Job", "mfdist-train"), find(manifests, "Service", "mfdist-train")
+    change, words = BREAKS[name]
+    change(job, service, containers(job)[0])
+    assert any(words in fault for fault in lint(manifests)), lint(manifests)
+
+
+def test_overlays_change_what_they_say() -> None:
+    gpu = find(manifests_of("overlays/one-gpu-node"), "Job", "mfdist-train")
+    assert containers(gpu)[0]["image"] == "mfdist:0.1.0-cuda"
+    assert env_of(containers(gpu)[0])["PET_RDZV_BACKEND"] == "c10d"
+    store = manifests_of("overlays/object-store")
+    assert "s3://" in find(store, "ConfigMap", "mfdist-train")["data"]["train.toml"]
+    assert find(store, "Job", "mfdist-train")["spec"]["completions"] == 3
+    assert not any("persistentVolumeClaim" in v for v in pod_spec(find(store, "Job", "mfdist-train"))["volumes"])
+
+
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_the_mounted_configuration_is_one_that_train_takes(name: str, tmp_path: Path) -> None:
+    from mfdist.config import read_toml
+    from mfdist.train_config import TrainConfig
+
+    path = tmp_path / "train.toml"
+    path.write_text(find(manifests_of(name), "ConfigMap", "mfdist-train")["data"]["train.toml"])
+    assert read_toml(TrainConfig, str(path))["model"] == "mf_advanced"
+
+
+def test_image_pins_what_it_installs() -> None:
+    text = (K8S / "Dockerfile").read_text()
+    assert re.search(r"^FROM \S+:\d+\.\d+\.\d+\S*$", text, re.M)
+    assert re.search(r"torch==\d", text)
+    pins = (K8S / "constraints.txt").read_text().split()
+    assert pins and all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    pinned = {pin.split("==")[0].lower() for pin in pins}
+    project = (K8S.parent / "pyproject.toml").read_text()
+    needed = re.findall(r'"([\w-]+)>=', project.split("dependencies = [")[1].split("]")[0])
+    assert set(needed) - {"torch", "tomli"} <= pinned
+    for source in re.findall(r"^COPY (.+) \S+$", text, re.M):
+        assert all((K8S.parent / name).exists() for name in source.split())
