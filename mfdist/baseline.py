@@ -19,6 +19,7 @@ import numpy.typing as npt
 from mfdist.dataset import Dataset
 from mfdist.errors import MfdistError, UsageError
 from mfdist.loader import scan
+from mfdist.metrics import in_sample
 
 try:
     from surprise import SVD, Trainset
@@ -32,7 +33,6 @@ CHUNK_ROWS = 1 << 16
 RATINGS_PER_SECOND = 600_000  # of SVD with 100 factors on one core of the machine the README names
 ROW_BYTES = 64  # the arrays of a training row at their peak, while rows are grouped by user
 BASE_BYTES = 400 << 20  # Python and its libraries, the chunks, the validation pass
-_SAMPLE_KEY = 0x9E3779B97F4A7C15
 
 
 class ArrayTrainset(Trainset):  # type: ignore[misc]
@@ -141,16 +141,6 @@ def check_memory(dataset: Dataset, factors: int, sample: float, limit: int) -> i
             + _remedy(dataset, factors, sample, limit)
         )
     return needed
-
-
-def in_sample(user: Array, sample: float) -> npt.NDArray[np.bool_]:
-    """Which users (dataset rows) a sample holds: by a hash of the row alone, so the same for every run and seed."""
-    if sample >= 1.0:
-        return np.ones(len(user), np.bool_)
-    mixed = (user.astype(np.uint64) + np.uint64(1)) * np.uint64(_SAMPLE_KEY)
-    mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
-    chosen: npt.NDArray[np.bool_] = (mixed >> np.uint64(11)) < np.uint64(int(sample * (1 << 53)))
-    return chosen
 
 
 def rows_of(dataset: Dataset, split: str, sample: float) -> Iterator[tuple[Array, Array, Array]]:

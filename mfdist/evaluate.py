@@ -20,10 +20,9 @@ from mfdist import metrics, storage
 from mfdist.config import flag, positional
 from mfdist.dataset import Dataset
 from mfdist.distributed import World
-from mfdist.errors import ComparisonError, UsageError
+from mfdist.errors import ComparisonError, DataError, UsageError
 from mfdist.export import ExportedModel
-from mfdist.floors import LaneUsers, floors
-from mfdist.loader import scan
+from mfdist.floors import LaneUsers, floors, lane_rows
 from mfdist.metrics import SliceSums
 from mfdist.ranking import rank_metrics
 from mfdist.schedule import lanes_of_rank
@@ -65,11 +64,15 @@ class EvaluateConfig:
 def evaluate_runs(config: EvaluateConfig, world: World) -> dict[str, Any]:
     """Everything that --out writes: dataset, floors, runs, comparisons; collective, the same on every rank.
 
-    UsageError where the runs were not made on the same validation rows.
+    Where a run was made on a sample of the users (baseline_svd --sample-users), all are measured on the smallest
+    sample's rows. UsageError where the runs were not made on the same validation rows.
     """
     dataset = Dataset.open(config.data or dataset_of_run(config.runs[0]))
     models = [_EvaluatedModel(run, dataset) for run in config.all_runs]
-    sums = _scan_split(models, dataset, config, world)
+    sample = min(sample_of_run(run) for run in config.all_runs)
+    if sample < 1 and not all(model.same_rows for model in models):
+        raise UsageError("A run on a sample of the users can be compared only with runs of the same prepared dataset.")
+    sums = _scan_split(models, dataset, config, world, sample)
     table = [_figures(model, own, dataset) for model, own in zip(models, sums, strict=True)]
     if config.ranking:
         for model, entry in zip(models, table, strict=True):
@@ -79,8 +82,9 @@ def evaluate_runs(config: EvaluateConfig, world: World) -> dict[str, Any]:
         "dataset": {"name": manifest.name, "fingerprint": manifest.fingerprint,
                     "split_fingerprint": manifest.split.get("fingerprint")},
         "split": config.split,
+        "sample_users": sample,
         "rows": table[0]["slices"]["all"]["rows"],
-        "floors": floors(dataset, world) if config.split == "val" else {},
+        "floors": floors(dataset, world, sample=sample) if config.split == "val" else {},
         "runs": table,
         "comparisons": [_comparison(config, table, sums, other) for other in range(1, len(models))],
     }  # fmt: skip
@@ -88,16 +92,26 @@ def evaluate_runs(config: EvaluateConfig, world: World) -> dict[str, Any]:
 
 def dataset_of_run(run: str) -> str:
     """The dataset directory that RUN/config.toml names; UsageError where it names none that is there."""
-    path = storage.join(run, "config.toml")
-    try:
-        data = tomllib.loads(storage.read_text(path)).get("data")
-    except (FileNotFoundError, NotADirectoryError):
-        data = None
+    data = _run_config(run).get("data")
     if data is None:
-        raise UsageError(f"{storage.redact(path)} does not say which dataset the run was trained on; give --data DIR.")
+        raise UsageError(f"{storage.redact(run)} does not say which dataset it was trained on; give --data DIR.")
     if not storage.exists(storage.join(data, "dataset.json")):
         raise UsageError(f"{storage.redact(run)} was trained on {data}, which is not there now; give --data DIR.")
     return str(data)
+
+
+def sample_of_run(run: str) -> float:
+    """The fraction of the users whose rows the run was made on; 1 unless RUN/config.toml says less."""
+    return float(_run_config(run).get("sample-users", 1.0))
+
+
+def _run_config(run: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(storage.read_text(storage.join(run, "config.toml")))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except tomllib.TOMLDecodeError as error:
+        raise DataError(f"{storage.redact(run)}/config.toml is not valid TOML: {error}.") from None
 
 
 def check_required(config: EvaluateConfig, result: dict[str, Any]) -> None:
@@ -137,6 +151,11 @@ class _EvaluatedModel:
         self._user_rows = self.model.rows_of("users", dataset.ids("users").combine_chunks())
         self._item_rows = self.model.rows_of("items", dataset.ids("items").combine_chunks())
 
+    @property
+    def same_rows(self) -> bool:
+        """Whether the run was made on this very dataset."""
+        return self._user_rows is None
+
     def predict(self, user: Array, item: Array) -> Floats:
         """Predictions of rows of the dataset."""
         if self._user_rows is not None and self._item_rows is not None:
@@ -144,7 +163,7 @@ class _EvaluatedModel:
         return self.model.predict(user, item)
 
     def ranking(self, dataset: Dataset, world: World, config: EvaluateConfig) -> dict[str, Any]:
-        if self._user_rows is not None:
+        if not self.same_rows:
             raise UsageError(f"--ranking needs runs of one dataset; {storage.redact(self.run)} was trained on another "
                              "preparation of the same rows.")  # fmt: skip
         return rank_metrics(self.model, dataset, world, config.ranking, seed=config.seed)
@@ -163,7 +182,7 @@ class _Sums:
 
 
 def _scan_split(
-    models: Sequence[_EvaluatedModel], dataset: Dataset, config: EvaluateConfig, world: World
+    models: Sequence[_EvaluatedModel], dataset: Dataset, config: EvaluateConfig, world: World, sample: float
 ) -> list[_Sums]:
     """One pass over this rank's lanes for all runs at once, then the sums over ranks; collective."""
     manifest = dataset.manifest
@@ -175,7 +194,7 @@ def _scan_split(
     for lane in lanes_of_rank(len(manifest.lanes), world.rank, world.size):
         users = LaneUsers(dataset, lane)
         user_counts = users.counts(dataset)
-        for _, user, item, rating, _ in scan(dataset, config.split, range(lane, lane + 1)):
+        for user, item, rating in lane_rows(dataset, config.split, lane, sample):
             counts = (user_counts[users.place(user)], item_counts[item])
             block = metrics.block_of(user, item, config.seed)
             for model, own, total in zip(models, slices, sums, strict=True):
@@ -275,8 +294,10 @@ def _comparison(
 def format_table(result: dict[str, Any]) -> str:
     """The result as a person reads it on a terminal."""
     split = "validation" if result["split"] == "val" else "training"
-    lines = [f"{result['dataset']['name']}: {result['rows']:,} {split} rows; RMSE and MAE clipped to the scale, as all "
-             "comparisons are"]  # fmt: skip
+    share = result["sample_users"]
+    part = "" if share == 1 else f" of a sample of {share:g} of the users"
+    lines = [f"{result['dataset']['name']}: {result['rows']:,} {split} rows{part}; "
+             "RMSE and MAE clipped to the scale, as all comparisons are"]  # fmt: skip
     head = ("", "RMSE", "MAE", "raw RMSE", "rounded", "calibration")
     rows: list[Sequence[Any]] = [
         (f"floor: {name.replace('_', ' ')}", f["rmse"], f["mae"], "", "", "") for name, f in result["floors"].items()

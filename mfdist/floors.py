@@ -21,7 +21,7 @@ import numpy.typing as npt
 from mfdist.dataset import Dataset
 from mfdist.distributed import World
 from mfdist.loader import scan
-from mfdist.metrics import clip_to_scale, mae, rmse
+from mfdist.metrics import clip_to_scale, in_sample, mae, rmse
 from mfdist.schedule import lanes_of_rank
 
 REG_USER, REG_ITEM, EPOCHS = 15.0, 10.0, 10
@@ -64,10 +64,20 @@ class LaneUsers:
         return np.concatenate([np.empty(0, np.int64), *parts])
 
 
-def floors(dataset: Dataset, world: World, memory_bytes: int = 1 << 30) -> dict[str, dict[str, float | None]]:
+def lane_rows(dataset: Dataset, split: str, lane: int, sample: float = 1.0) -> Iterator[tuple[Array, Array, Array]]:
+    """(user, item, rating) chunks of one lane; only those of a sample of the users (``metrics.in_sample``)."""
+    for _, user, item, rating, _ in scan(dataset, split, range(lane, lane + 1)):
+        chosen = slice(None) if sample >= 1 else in_sample(user, sample)
+        yield user[chosen], item[chosen], rating[chosen]
+
+
+def floors(
+    dataset: Dataset, world: World, memory_bytes: int = 1 << 30, sample: float = 1.0
+) -> dict[str, dict[str, float | None]]:
     """``{"global_mean": {"rmse", "mae"}, "item_mean": ..., "bias": ...}`` on validation rows; collective.
 
-    Figures over no validation rows are None.
+    They learn from all training rows; ``sample`` < 1 measures them on the rows of a sample of the users
+    (``metrics.in_sample``). Figures over no validation rows are None.
     """
     lanes = _Lanes(dataset, world, memory_bytes)
     item_sum, item_rows = _item_sums(lanes, dataset.manifest.num_items, world)
@@ -85,7 +95,7 @@ def floors(dataset: Dataset, world: World, memory_bytes: int = 1 << 30) -> dict[
     low, high = dataset.manifest.rating_scale
     for lane, train in lanes.train():
         user_bias = _user_bias(train, mean, item_bias)
-        for val in lanes.read(lane, "val"):
+        for val in lanes.read(lane, "val", sample):
             bias = clip_to_scale(mean + user_bias[val.user] + item_bias[val.item], low, high)
             for row, prediction in enumerate((np.full(len(val.item), mean), item_mean[val.item], bias)):
                 error = prediction - val.rating
@@ -129,10 +139,10 @@ class _Lanes:
                 self._left -= rows.nbytes
             yield lane, rows
 
-    def read(self, lane: int, split: str) -> Iterator[Rows]:
-        """One lane's rows of a split, a chunk at a time."""
+    def read(self, lane: int, split: str, sample: float = 1.0) -> Iterator[Rows]:
+        """One lane's rows of a split, a chunk at a time; only those of a sample of the users."""
         users = LaneUsers(self.dataset, lane)
-        for _, user, item, rating, _ in scan(self.dataset, split, range(lane, lane + 1)):
+        for user, item, rating in lane_rows(self.dataset, split, lane, sample):
             yield Rows(users.count, users.place(user).astype(user.dtype), item, rating)
 
     def _joined(self, lane: int) -> Rows:

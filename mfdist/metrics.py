@@ -111,6 +111,16 @@ def hash_rows(first: Array, second: Array | int, seed: int) -> npt.NDArray[np.ui
     return key
 
 
+def in_sample(user: Array, sample: float) -> npt.NDArray[np.bool_]:
+    """Which users (dataset rows) a sample holds: by a hash of the row alone, so the same for every run and seed."""
+    if sample >= 1.0:
+        return np.ones(len(user), np.bool_)
+    mixed = (user.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+    chosen: npt.NDArray[np.bool_] = (mixed >> np.uint64(11)) < np.uint64(int(sample * (1 << 53)))
+    return chosen
+
+
 def block_of(user: Array, item: Array, seed: int) -> npt.NDArray[np.int64]:
     """The bootstrap block, 0 to BLOCKS - 1, of each row: by a hash of its pair, so the same for any lanes or ranks."""
     return (hash_rows(user, item, seed) >> np.uint64(52)).astype(np.int64)

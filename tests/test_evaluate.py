@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from mfdist.distributed import World
 from mfdist.errors import ComparisonError, DataError, UsageError
 from mfdist.evaluate import EvaluateConfig, check_required, deciles, evaluate_runs, floors, format_table
 from mfdist.export import ExportedModel, write_model
+from mfdist.metrics import in_sample
 from mfdist.ranking import Seen, gains, rank_metrics, seen_items, top_items
 
 JOBS = Path(__file__).parent.parent / "jobs"
@@ -87,6 +89,33 @@ def test_mean_floors_are_the_plain_formula(dataset):
     for name, prediction in (("global_mean", rating.mean()), ("item_mean", means[val_item.astype(int)])):
         assert found[name]["rmse"] == pytest.approx(np.sqrt(np.mean((prediction - truth) ** 2)), rel=1e-12)
         assert found[name]["mae"] == pytest.approx(np.mean(np.abs(prediction - truth)), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "bias"),
+    [("electronics-core164k.parquet", 1.0383, 0.9448), ("ratings_Electronics.head50698.csv", 1.3295, 1.2666)],
+)
+def test_floors_of_real_data(tmp_path, name, mean, bias):
+    """The known figures of the last fifth of a shuffle with seed 42."""
+    if "MFDIST_TEST_DATA" not in os.environ:
+        pytest.skip("MFDIST_TEST_DATA does not name the folder of real ratings")
+    pandas = pytest.importorskip("pandas")
+    path = os.path.join(os.environ["MFDIST_TEST_DATA"], name)
+    names = ["user", "item", "rating", "timestamp"]
+    frame = pandas.read_csv(path, header=None, names=names) if name.endswith("csv") else pandas.read_parquet(path)
+    frame.columns = names[: len(frame.columns)]
+    frame["user"], frame["item"] = (pandas.factorize(frame[side])[0].astype(np.int32) for side in ("user", "item"))
+    frame = frame.sample(frac=1, random_state=42)
+    users, cut = int(frame["user"].max()) + 1, round(0.8 * len(frame))
+    ranges, splits = [(0, users // 2), (users // 2, users)], []
+    for part in (frame[:cut], frame[cut:]):
+        lanes = [part[(part["user"] >= first) & (part["user"] < end)] for first, end in ranges]
+        splits.append([[{side: lane[side].to_numpy() for side in ("user", "item")}
+                        | {"rating": lane["rating"].to_numpy(np.float32)}] for lane in lanes])  # fmt: skip
+    dataset = write_dataset(tmp_path / "data", *splits, ranges=ranges, num_items=int(frame["item"].max()) + 1)
+    found = floors(dataset, World.alone())
+    assert found["global_mean"]["rmse"] == pytest.approx(mean, abs=6e-5)
+    assert found["bias"]["rmse"] == pytest.approx(bias, abs=6e-5)
 
 
 def cold_dataset(path):
@@ -211,6 +240,20 @@ def test_a_run_is_compared_with_another_preparation_by_ids(tmp_path, dataset):
     assert result["runs"][0]["val_rmse"] == result["runs"][1]["val_rmse"]
     with pytest.raises(UsageError, match="--ranking"):
         evaluate_runs(config(tmp_path / "a", tmp_path / "b", ranking=5), World.alone())
+
+
+def test_a_sample_of_the_users_is_the_same_for_every_run(tmp_path, dataset):
+    for name, line in (("a", ""), ("b", "sample-users = 0.3\n")):
+        write_run(tmp_path / name, dataset)
+        path = tmp_path / name / "config.toml"
+        path.write_text(path.read_text() + line)
+    user, _, rating = training_rows(dataset, "val").T
+    kept = in_sample(user.astype(int), 0.3)
+    result = evaluate_runs(config(tmp_path / "a", tmp_path / "b"), World.alone())
+    assert result["rows"] == kept.sum() and 0 < kept.sum() < 800 and "sample of 0.3" in format_table(result)
+    assert [run["slices"]["all"]["rows"] for run in result["runs"]] == [kept.sum()] * 2
+    mean = training_rows(dataset)[:, 2].mean()
+    assert result["floors"]["global_mean"]["rmse"] == pytest.approx(np.sqrt(np.mean((mean - rating[kept]) ** 2)))
 
 
 def test_other_validation_rows_are_refused(tmp_path, dataset):
