@@ -11,7 +11,10 @@ a part is the unit that ranks own, so that 4 ranks' checkpoint loads on 1, 3 or 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,7 +54,7 @@ def save(run: str, step: int, tensors: Tensors, state: dict[str, Any], world: Wo
         storage.make_dirs(folder)
     world.barrier()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _alone_is_fine():
             dcp.save(dict(tensors), storage_writer=_writer(folder), no_dist=not dist.is_initialized())
         files = _own_files(folder, world)
     except Exception as error:  # whatever a filesystem or torch raises, on any rank, ends in one sentence
@@ -126,8 +129,16 @@ def load(folder: str, tensors: Tensors) -> None:
     """Fill ``tensors`` in place from a checkpoint of any world size; every rank calls."""
     reader = FsspecReader(folder) if not storage.is_local(folder) else dcp.FileSystemReader(storage.local_path(folder))
     targets = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
-    with torch.no_grad():
+    with torch.no_grad(), _alone_is_fine():
         dcp.load(targets, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+@contextlib.contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """torch warns where there is no process group, though it was told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _writer(folder: str) -> Any:

@@ -114,10 +114,14 @@ class World:
         dist.recv(tensor, source)
 
     def replicate(self, module: torch.nn.Module) -> torch.nn.Module:
-        """``module`` under DistributedDataParallel; as it is where it has no parameter to reduce (DDP refuses that)."""
+        """``module`` under DistributedDataParallel, its gradients added (not averaged) over the ranks.
+
+        As it is where it has no parameter to reduce: DDP refuses that.
+        """
         if not self._connected or not any(p.requires_grad for p in module.parameters()):
             return module
-        replica = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        replica = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        replica.register_comm_hook(None, _add_gradients)
         self._replicas.append(replica)
         return replica
 
@@ -139,6 +143,17 @@ class World:
             if all_alive:
                 self.barrier()
             dist.destroy_process_group()
+
+
+def _add_gradients(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """A step's loss is already divided by its global number of rows, so that ranks' gradients simply add up."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    future: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return future
+
+
+# DDP compares a hook's annotations with the types themselves, not with their names.
+_add_gradients.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}
 
 
 def _connect(device: str, timeout_seconds: float) -> World:

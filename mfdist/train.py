@@ -6,6 +6,8 @@ every rank calls.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -133,8 +135,6 @@ def _penalty(session: Session, user: torch.Tensor, item: torch.Tensor) -> torch.
 
 def _with_places(config: TrainConfig, world: World, console: Console) -> TrainConfig:
     """The configuration with its data and run directories settled, the same on every rank."""
-    import dataclasses
-
     places: tuple[str, str] | Exception | None = None
     if world.is_main:
         try:
@@ -199,8 +199,6 @@ def _open_run(config: TrainConfig, dataset: Dataset, world: World, console: Cons
 
 def _ended_early(run: str) -> bool:
     """Whether a finished run ended by its patience: more epochs would not continue it."""
-    import json
-
     return bool(json.loads(storage.read_text(storage.join(run, "report.json")))["config"].get("patience"))
 
 
@@ -324,7 +322,7 @@ def _train_epoch(session: Session, epoch: int, watch: StopWatch) -> None:
                 next_check = progress.step + max(1, min(50, int(CHECK_SECONDS * steps / max(slowest, 1e-6))))
                 progress.seconds = seconds_before + time.monotonic() - began
                 last = progress.step_in_epoch == session.loader.num_steps
-                if reason:
+                if reason and not last:  # a whole epoch is evaluated first, and saved there
                     _stop(session, reason, watch)
                 if (due or minutes_due) and not last:
                     _save(session)
@@ -442,7 +440,7 @@ def _checkpoint_tensors(session: Session, every_part: bool) -> dict[str, torch.T
 
 def _save(session: Session) -> None:
     progress, config, world = session.progress, session.config, session.world
-    if session.saved_step == progress.step and config.checkpoint_every != "epoch" and progress.step_in_epoch:
+    if session.saved_step == progress.step:
         return
     began = time.monotonic()
     progress.wall_seconds += began - session.started

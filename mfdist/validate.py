@@ -55,8 +55,8 @@ class Validation:
 
     def _predict(self, model: MF, user: Any, item: Any) -> Any:
         device = self._world.device
-        p = self._weights(model.user.read(torch.from_numpy(user).to(device)))
-        q = self._weights(model.item.read(torch.from_numpy(item).to(device)))
+        p = self._weights(model.user.read(torch.tensor(user, device=device)))
+        q = self._weights(model.item.read(torch.tensor(item, device=device)))
         return model.form.rating_of_score(model.form.score(p, q, model.offset)).cpu().numpy()
 
     def _weights(self, rows: Rows) -> torch.Tensor:

@@ -1,0 +1,87 @@
+"""The closed form of missed AdamW steps against the steps themselves, one by one, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mfdist.kernels.rules import gauss_rules
+from mfdist.optim import RowOptimizer
+
+
+def replay(w, m, v, first, last, optimizer):
+    """``torch.optim.AdamW``'s arithmetic with zero gradients, float64, steps first + 1 to last."""
+    beta1, beta2 = optimizer.betas
+    for t in range(first + 1, last + 1):
+        rate = optimizer.rate(t)
+        m, v = m * beta1, v * beta2
+        w = w * (1 - rate * optimizer.weight_decay)
+        w = w - rate / (1 - beta1**t) * m / (np.sqrt(v / (1 - beta2**t)) + optimizer.eps)
+    return w, m, v
+
+
+def caught_up(w, m, v, first, last, optimizer):
+    weight, state = torch.tensor(w)[None].float(), (torch.tensor(m)[None].float(), torch.tensor(v)[None].float())
+    optimizer.catch_up(weight, state, torch.tensor([first], dtype=torch.int32), last)
+    return weight[0].double().numpy(), state[0][0].double().numpy(), state[1][0].double().numpy()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    first=st.one_of(st.integers(1, 12), st.integers(13, 900)),
+    gap=st.one_of(st.integers(0, 5), st.integers(6, 1000)),
+    schedule=st.sampled_from(["constant", "linear", "cosine"]),
+    eps=st.sampled_from([1e-12, 1e-8, 1e-4]),
+    lr=st.sampled_from([1e-4, 5e-3, 0.1]),
+    betas=st.sampled_from([(0.9, 0.999), (0.9, 0.99), (0.5, 0.9)]),
+    seed=st.integers(0, 99),
+)
+def test_a_gap_equals_its_steps(first, gap, schedule, eps, lr, betas, seed):
+    optimizer = RowOptimizer(kind="adamw", lr=lr, lr_schedule=schedule, total_steps=2000, weight_decay=0.1, eps=eps, betas=betas)
+    rng = np.random.default_rng(seed)
+    g = 10.0 ** rng.uniform(-9, 0, 24)
+    m, v = (g * rng.normal(size=24)).astype("f4").astype("f8"), (g**2 * rng.uniform(0.01, 4, 24)).astype("f4").astype("f8")
+    w = rng.normal(size=24).astype("f4").astype("f8")
+    want = replay(w, m, v, first, first + gap, optimizer)
+    got = caught_up(w, m, v, first, first + gap, optimizer)
+    moved = np.abs(want[0] - w).max()
+    assert np.abs(got[0] - want[0]).max() <= 2e-6 * max(moved, 1.0)
+    np.testing.assert_allclose(got[1], want[1], rtol=2e-5, atol=1e-30)
+    np.testing.assert_allclose(got[2], want[2], rtol=2e-5, atol=1e-37)
+
+
+def test_dropping_the_catch_up_would_be_seen():
+    optimizer = RowOptimizer(kind="adamw", lr=0.005, total_steps=500, weight_decay=0.1)
+    w, m, v = np.ones(3), np.full(3, 0.1), np.full(3, 0.01)
+    want = replay(w, m, v, 10, 60, optimizer)[0]
+    assert np.abs(want - w).max() > 1e-2
+    np.testing.assert_allclose(caught_up(w, m, v, 10, 60, optimizer)[0], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sparse_adam", "rowwise_adagrad", "sgd"])
+def test_an_optimizer_without_momentum_only_decays(kind):
+    optimizer = RowOptimizer(kind=kind, lr=0.01, lr_schedule="cosine", total_steps=100, weight_decay=0.5)
+    weight = torch.ones(1, 4)
+    state = tuple(torch.ones(1, w) for w in optimizer.state_widths(4))
+    optimizer.catch_up(weight, state, torch.tensor([3], dtype=torch.int32), 50)
+    want = np.prod([1 - optimizer.rate(t) * 0.5 for t in range(4, 51)])
+    np.testing.assert_allclose(weight.numpy(), want, rtol=1e-6)
+    assert all(bool((s == 1).all()) for s in state)
+
+
+def test_untouched_rows_only_decay_and_keep_their_sign_of_life():
+    optimizer = RowOptimizer(kind="adamw", lr=0.01, total_steps=100, weight_decay=0.5)
+    weight = torch.ones(1, 4)
+    optimizer.catch_up(weight, (torch.zeros(1, 4), torch.zeros(1, 4)), torch.tensor([-20], dtype=torch.int32), 50)
+    np.testing.assert_allclose(weight.numpy(), 0.995**30, rtol=1e-6)
+
+
+def test_gauss_rules_integrate_polynomials_exactly():
+    rng = np.random.default_rng(1)
+    x, a = rng.uniform(0.1, 1, (3, 40)), rng.uniform(0, 1, (3, 40))
+    nodes, weights = gauss_rules(x, a, 5)
+    for power in range(10):
+        np.testing.assert_allclose((weights * nodes**power).sum(1), (a * x**power).sum(1), rtol=1e-10)
