@@ -51,13 +51,17 @@ def set_env(name: str, value: str) -> Callable[[Manifest, Manifest, Manifest], A
     return change
 
 
+def rules(job: Manifest) -> list[Manifest]:
+    return job["spec"]["podFailurePolicy"]["rules"]
+
+
 BREAKS: dict[str, tuple[Callable[[Manifest, Manifest, Manifest], Any], str]] = {
     "restart policy": (lambda j, s, c: pod_spec(j).update(restartPolicy="OnFailure"), "restartPolicy"),
-    "replacement": (lambda j, s, c: j["spec"].update(podReplacementPolicy="TerminatingOrFailed"), "podReplacementPolicy"),
-    "75 counted": (lambda j, s, c: j["spec"]["podFailurePolicy"]["rules"].pop(1), "75"),
-    "3 retried": (lambda j, s, c: j["spec"]["podFailurePolicy"]["rules"][2]["onExitCodes"]["values"].remove(3), "must fail"),
-    "1 ignored": (lambda j, s, c: j["spec"]["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"].append(1), "ignored"),
-    "eviction": (lambda j, s, c: j["spec"]["podFailurePolicy"]["rules"].pop(0), "evicted"),
+    "replacement": (lambda j, s, c: j["spec"].update(podReplacementPolicy="TerminatingOrFailed"), "ReplacementPolicy"),
+    "75 counted": (lambda j, s, c: rules(j).pop(1), "75"),
+    "3 retried": (lambda j, s, c: rules(j)[2]["onExitCodes"]["values"].remove(3), "must fail"),
+    "1 ignored": (lambda j, s, c: rules(j)[1]["onExitCodes"]["values"].append(1), "ignored"),
+    "eviction": (lambda j, s, c: rules(j).pop(0), "evicted"),
     "container": (lambda j, s, c: c.update(name="worker"), "container that is not there"),
     "grace": (lambda j, s, c: pod_spec(j).update(terminationGracePeriodSeconds=150), "grace"),
     "time-out": (set_env("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "200"), "grace"),

@@ -1,0 +1,267 @@
+"""What a training run will take, before anything is submitted: steps, memory, network, checkpoint, time.
+
+Everything but the time is counted from the manifest and the vocabulary's counts. The time comes from a calibration:
+some steps of the real model on the dataset's own batches, with one rank's share of the tables, in this process.
+
+Example: 1,000 ratings in 4 lanes of 300, 300, 200, 200 rows on 3 ranks, which hold 1, 1 and 2 lanes: the largest
+share is 400 rows where an even one is 333.3, so 17% of the machine waits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mfdist.config import flag
+from mfdist.dataset import Dataset, Manifest
+from mfdist.distributed import World
+from mfdist.embedding import ShardedTable, item_layout, user_layout
+from mfdist.errors import UsageError
+from mfdist.loader import Loader
+from mfdist.model import MF, MFAdvanced
+from mfdist.schedule import lanes_of_rank
+from mfdist.train_config import TrainConfig
+
+ID_BYTES = 8  # of a row number on the wire
+WARM_UP_STEPS = 3
+
+
+def parse_ranks(text: str) -> tuple[int, ...]:
+    """'1,2,8' as numbers of ranks."""
+    ranks = tuple(int(part) for part in text.split(","))
+    if min(ranks) < 1:
+        raise ValueError("expected numbers of ranks such as 1,2,8")
+    return ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(TrainConfig):
+    """The flags of jobs/train.py, and for what to plan."""
+
+    ranks: tuple[int, ...] = flag((1, 2, 4, 8), "numbers of ranks to plan for, such as 1,2,8", parse=parse_ranks)
+    calibrate_seconds: float = flag(5.0, "seconds of calibration for each number of ranks; 0: no times", at_least=0)
+    threads: int = flag(0, "threads of a rank; 0: this machine's cores divided by the ranks", at_least=0)
+    network_gbps: float = flag(10.0, "network of a rank, gigabits per second", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One number of ranks. Figures of a rank are those of the rank that has most; None: not calibrated."""
+
+    ranks: int
+    lanes: tuple[int, int]  # fewest and most of a rank
+    efficiency: float  # even share of the rows over the largest share
+    steps_per_epoch: int
+    table_bytes: int  # weights and optimizer state of a rank
+    loader_bytes: int
+    step_bytes: int
+    base_bytes: int  # the process itself: interpreter, torch, compiled kernels
+    wire_bytes: float  # that a rank sends in a step
+    checkpoint_bytes: int
+    epoch_seconds: float | None
+    total_seconds: float | None
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.table_bytes + self.loader_bytes + self.step_bytes + self.base_bytes
+
+
+def plan(config: PlanConfig) -> list[Plan]:
+    """A plan for each of ``config.ranks``; UsageError where a number exceeds the lanes or --data is missing."""
+    if config.data is None:
+        raise UsageError("--data is needed: the plan is made from a prepared dataset.")
+    dataset = Dataset.open(config.data)
+    lanes = len(dataset.manifest.lanes)
+    if max(config.ranks) > lanes:
+        raise UsageError(f"--ranks {max(config.ranks)}: the dataset has {lanes} lanes; ask for at most as many ranks.")
+    return [plan_for(config, dataset, ranks) for ranks in config.ranks]
+
+
+def plan_for(config: PlanConfig, dataset: Dataset, ranks: int) -> Plan:
+    manifest = dataset.manifest
+    form = config.form(manifest)
+    shares = rows_of_ranks(manifest, ranks)
+    kept = 1 - config.stop_fraction
+    rows = sum(shares) * kept
+    steps = math.ceil(rows / config.batch_size)
+    largest = max(shares) * kept
+    lanes = [len(lanes_of_rank(len(manifest.lanes), rank, ranks)) for rank in range(ranks)]
+    row_bytes = bytes_of_row(config, form.width)
+    batch = config.batch_size * largest / max(rows, 1)
+    wire = 0.0
+    if ranks > 1 and config.sharding != "replicated":
+        unique = expected_unique(dataset.counts("items"), batch)
+        wide = 2 if config.wire_dtype == "bf16" else 4
+        wire = unique * (ranks - 1) / ranks * (ID_BYTES + 2 * form.width * wide)
+    elif ranks > 1:
+        # a ring all-reduce sends every gradient twice, but for a rank's own piece
+        wire = (manifest.num_users + manifest.num_items) * form.width * 4 * 2 * (ranks - 1) / ranks
+    epoch = None
+    if config.calibrate_seconds:
+        local = calibrate(config, dataset, ranks)
+        epoch = steps * (local.step_seconds + wire * 8 / (config.network_gbps * 1e9)) + local.epoch_end_seconds
+    return Plan(
+        ranks=ranks, lanes=(min(lanes), max(lanes)), efficiency=(rows / ranks / largest) if largest else 1.0,
+        steps_per_epoch=steps, table_bytes=table_rows(config, manifest, ranks) * row_bytes,
+        loader_bytes=loader_bytes(manifest, int(largest), max(lanes)),
+        step_bytes=int(batch * 2 * form.width * 4 * 8), base_bytes=resident_bytes(), wire_bytes=wire,
+        checkpoint_bytes=(manifest.num_users + manifest.num_items) * row_bytes,
+        epoch_seconds=epoch, total_seconds=None if epoch is None else epoch * config.epochs,
+    )  # fmt: skip
+
+
+def rows_of_ranks(manifest: Manifest, ranks: int) -> list[int]:
+    """Training rows of each rank's lanes."""
+    lanes = manifest.lanes
+    return [sum(lanes[k].train_rows for k in lanes_of_rank(len(lanes), rank, ranks)) for rank in range(ranks)]
+
+
+def table_rows(config: TrainConfig, manifest: Manifest, ranks: int) -> int:
+    """Rows of both tables that the fullest rank holds."""
+    if config.sharding == "replicated":
+        return manifest.num_users + manifest.num_items
+    layouts = user_layout(manifest, ranks), item_layout(manifest, ranks)
+    held = [[sum(end - first for first, end in layout.ranges_of(rank)) for layout in layouts] for rank in range(ranks)]
+    return max(map(sum, held))
+
+
+def bytes_of_row(config: TrainConfig, width: int) -> int:
+    """Weights, optimizer state and the number of the last step of one row; a gradient too where tables are whole."""
+    gradient = width if config.sharding == "replicated" else 0
+    return 4 * (width + sum(config.row_optimizer(1).state_widths(width)) + gradient + 1)
+
+
+def expected_unique(counts: np.ndarray[tuple[int], np.dtype[np.int64]], rows: float) -> float:
+    """Distinct items among ``rows`` ratings drawn in proportion to ``counts``."""
+    total = counts.sum()
+    return float(-np.expm1(rows * np.log1p(-np.minimum(counts / total, 1 - 1e-12))).sum()) if total else 0.0
+
+
+def loader_bytes(manifest: Manifest, rows: int, lanes: int) -> int:
+    """Decoded rows that a rank keeps: all of them, or a row group open and one ahead per lane, whichever is less."""
+    wide = 8 if max(manifest.num_users, manifest.num_items) > 2**31 - 1 else 4
+    group = min(max(8_388_608 // len(manifest.lanes), 32_768), 262_144)
+    return (2 * wide + 4) * min(rows, 2 * lanes * group)
+
+
+def resident_bytes() -> int:
+    """Memory of this process now, in bytes."""
+    with open("/proc/self/statm") as stream:
+        return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# Calibration --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Calibration:
+    step_seconds: float
+    epoch_end_seconds: float  # settling the rows, and predictions for the validation rows
+
+
+def calibrate(config: PlanConfig, dataset: Dataset, ranks: int) -> Calibration:
+    """Time steps of rank 0 of ``ranks``, with its share of both tables and its share of each batch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // ranks))
+    try:
+        with Loader(
+            dataset, batch_size=config.batch_size, seed=config.seed, rank=0, world_size=ranks,
+            stop_fraction=config.stop_fraction,
+        ) as loader:  # fmt: skip
+            return _timed(config, dataset.manifest, ranks, loader)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _timed(config: PlanConfig, manifest: Manifest, ranks: int, loader: Loader) -> Calibration:
+    model = _share_of_model(config, manifest, ranks, loader.num_steps * config.epochs)
+    users, items = model.user.layout.num_rows, model.item.layout.num_rows
+    steps, seconds, began = 0, 0.0, time.monotonic()
+    for batch in loader.epoch(0):
+        start = time.monotonic()
+        scored = model(batch.user % users, batch.item % items)
+        ((scored.prediction - batch.rating).square().sum() / batch.global_rows).backward()
+        model.user.apply_gradient()
+        model.item.apply_gradient()
+        steps += 1
+        if steps > WARM_UP_STEPS:
+            seconds += time.monotonic() - start
+        else:
+            began = time.monotonic()
+        if steps > WARM_UP_STEPS and time.monotonic() - began > config.calibrate_seconds:
+            break
+    timed = max(steps - WARM_UP_STEPS, 1)
+    start = time.monotonic()
+    with torch.no_grad():
+        model(batch.user % users, batch.item % items)
+    forward = (time.monotonic() - start) / max(len(batch.user), 1)
+    start = time.monotonic()
+    for table in (model.user, model.item):
+        table.settle()
+    settling = time.monotonic() - start
+    return Calibration(seconds / timed, settling + forward * manifest.num_ratings["val"] / ranks)
+
+
+def _share_of_model(config: PlanConfig, manifest: Manifest, ranks: int, total_steps: int) -> MF:
+    """A model with rank 0's share of the rows, as in the middle of a run: every row touched at some earlier step."""
+    lanes = lanes_of_rank(len(manifest.lanes), 0, ranks)
+    share = dataclasses.replace(
+        manifest, lanes=manifest.lanes[: len(lanes)], num_items=max(1, math.ceil(manifest.num_items / ranks))
+    )
+    world, form = World.alone(), config.form(manifest)
+    optimizer = config.row_optimizer(total_steps)
+    tables = []
+    for layout, at_home in ((user_layout(share, 1), True), (item_layout(share, 1), False)):
+        table = ShardedTable(layout, form.width, optimizer, world, at_home=at_home)
+        table.rows.weight.uniform_(0, 0.05)
+        table.step = max(1, total_steps // 2)
+        table.rows.last.random_(1, table.step + 1)
+        tables.append(table)
+    return (MF if config.model == "mf" else MFAdvanced)(form, *tables)
+
+
+# Showing it ---------------------------------------------------------------------------------------
+
+
+def format_plans(plans: Sequence[Plan], config: PlanConfig) -> str:
+    """The plans as a table, a column for each number of ranks."""
+    lines: list[tuple[str, list[str]]] = [
+        ("ranks", [f"{p.ranks}" for p in plans]),
+        ("lanes of a rank", ["-".join(str(n) for n in sorted(set(p.lanes))) for p in plans]),
+        ("efficiency left by rounding lanes", [f"{p.efficiency:.1%}" for p in plans]),
+        ("steps an epoch", [f"{p.steps_per_epoch:,}" for p in plans]),
+        ("memory of a rank", [_bytes(p.memory_bytes) for p in plans]),
+        ("  tables and optimizer", [_bytes(p.table_bytes) for p in plans]),
+        ("  loader", [_bytes(p.loader_bytes) for p in plans]),
+        ("  a step's rows", [_bytes(p.step_bytes) for p in plans]),
+        ("  the process itself", [_bytes(p.base_bytes) for p in plans]),
+        ("sent by a rank in a step", [_bytes(p.wire_bytes) for p in plans]),
+        ("a checkpoint, all ranks", [_bytes(p.checkpoint_bytes) for p in plans]),
+        ("an epoch", [_seconds(p.epoch_seconds) for p in plans]),
+        (f"all {config.epochs} epochs", [_seconds(p.total_seconds) for p in plans]),
+    ]
+    left = max(len(name) for name, _ in lines)
+    return "\n".join(name.ljust(left) + "".join(value.rjust(12) for value in values) for name, values in lines)
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
