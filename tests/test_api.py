@@ -59,10 +59,10 @@ def test_whole_numbers_are_the_ids_that_they_spell(tmp_path, dataset):
 
 @pytest.mark.parametrize("exclude_seen", [False, True])
 def test_recommend_keeps_the_users_order(dataset, run, exclude_seen):
-    table = mfdist.load(run).recommend(["u140", "u2", "u140", "u75"], k=6, exclude_seen=exclude_seen)
+    table = mfdist.load(run).recommend(["u140", "u2", "u140", "u75", "u1"], k=6, exclude_seen=exclude_seen)
     assert table.column_names == ["user_id", "item_id", "rank", "score"]
     found = [tuple(row.values())[:3] for row in table.to_pylist()]
-    assert found == expected(run, dataset, [140, 2, 140, 75], 6, exclude_seen)
+    assert found == expected(run, dataset, [140, 2, 140, 75, 1], 6, exclude_seen)
 
 
 def test_recommend_to_a_stranger(tmp_path, dataset, run):

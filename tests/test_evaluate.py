@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -74,7 +75,31 @@ def surprise_bias(dataset):
     return surprise.accuracy.rmse(found, verbose=False), surprise.accuracy.mae(found, verbose=False)
 
 
-def test_bias_floor_is_surprises_baseline_only(dataset):
+def dense_dataset(path, lanes):
+    """Ratings with strong user and item effects (many predictions leave the scale), each lane with two user ranges."""
+    rng = np.random.default_rng(0)
+    user, item = rng.integers(0, 40, 3000).astype(np.int32), rng.integers(0, 30, 3000).astype(np.int32)
+    effect = rng.normal(0, 1.5, 40)[user] + rng.normal(0, 1.5, 30)[item] + rng.normal(0, 0.3, 3000)
+    rating = np.clip(np.round(3.5 + effect), 1, 5).astype(np.float32)
+    size, is_train = 20 // lanes, np.arange(3000) % 5 < 4
+    lane_of = user // size % lanes
+    splits = [
+        [
+            [{"user": user[k], "item": item[k], "rating": rating[k]}]
+            for k in (part & (lane_of == n) for n in range(lanes))
+        ]
+        for part in (is_train, ~is_train)
+    ]
+    dataset = write_dataset(path, *splits, ranges=[(0, 40)] * lanes, num_items=30)
+    ranges = [tuple((first + n * size, first + (n + 1) * size) for first in (0, 20)) for n in range(lanes)]
+    given = zip(dataset.manifest.lanes, ranges, strict=True)
+    two = tuple(dataclasses.replace(lane, user_ranges=user_ranges) for lane, user_ranges in given)
+    return Dataset(dataset.path, dataclasses.replace(dataset.manifest, lanes=two))
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_bias_floor_is_surprises_baseline_only(tmp_path, lanes):
+    dataset = dense_dataset(tmp_path / "dense", lanes)
     bias = floors(dataset, World.alone())["bias"]
     rmse, mae = surprise_bias(dataset)
     assert bias["rmse"] == pytest.approx(rmse, abs=1e-9) and bias["mae"] == pytest.approx(mae, abs=1e-9)
@@ -360,7 +385,7 @@ def test_a_perfect_ranking_scores_one(tmp_path):
     """Each user's only relevant item is the one whose factor matches."""
     users = 40
     val = {"user": np.arange(users, dtype=np.int32), "item": np.arange(users, dtype=np.int32),
-           "rating": np.full(users, 5, np.float32)}  # fmt: skip
+           "rating": np.full(users, 4, np.float32)}  # fmt: skip
     train = {"user": np.arange(users, dtype=np.int32), "item": np.roll(np.arange(users, dtype=np.int32), 1),
              "rating": np.array([1, 5] * 20, np.float32)}  # fmt: skip
     dataset = write_dataset(tmp_path / "data", [[train]], [[val]], ranges=[(0, users)], num_items=users)
