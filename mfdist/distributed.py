@@ -96,7 +96,7 @@ class World:
     def all_to_all(
         self, received: torch.Tensor, sent: torch.Tensor, received_rows: list[int], sent_rows: list[int]
     ) -> None:
-        """Send ``sent_rows[r]`` leading rows' worth of ``sent`` to rank r, in rank order; fills ``received`` likewise."""
+        """Send rows of ``sent`` to the ranks, ``sent_rows[r]`` to rank r in rank order; ``received`` is filled likewise."""
         if self.size == 1:
             received.copy_(sent)
         else:
@@ -136,9 +136,8 @@ class World:
     def _leave(self, all_alive: bool) -> None:
         """Delete the DDP objects, then the group: a gloo DDP alive at exit can abort the process."""
         while self._replicas:
-            replica = self._replicas.pop()
-            replica.reducer = None
-            del replica
+            del self._replicas[-1].reducer
+            self._replicas.pop()
         if self._connected and dist.is_initialized():
             if all_alive:
                 self.barrier()
@@ -157,8 +156,8 @@ _add_gradients.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.fu
 
 
 def _connect(device: str, timeout_seconds: float) -> World:
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if chosen.type == "cuda":
@@ -173,7 +172,7 @@ def _connect(device: str, timeout_seconds: float) -> World:
 
 def _bind_gloo_to_loopback_if_alone(size: int) -> None:
     """On one host whose name does not resolve, gloo cannot find its own address: use the loopback device."""
-    if int(os.environ.get("LOCAL_WORLD_SIZE", 0)) != size or "GLOO_SOCKET_IFNAME" in os.environ:
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) != size or "GLOO_SOCKET_IFNAME" in os.environ:
         return
     try:
         socket.gethostbyname(socket.gethostname())

@@ -7,7 +7,7 @@ last column), their optimizer state, and the step that each row was last brought
 Rows are cut into as many *parts* as the dataset has lanes, and rank r holds the parts of its lanes. A user part is the
 lane's user rows, so the users of the ratings that a rank streams are its own. Item parts are even chunks. Example:
 10 items, 4 lanes, 2 ranks: chunks of ceil(10 / 4) = 3 rows, parts [0,3) [3,6) | [6,9) [9,10); item 7 lives on rank 1.
-A user table after an append: lane 0 owns rows [0,5) and [20,22), lane 1 [5,20); one rank holds both parts in part order.
+A user table after an append: lane 0 owns rows [0,5) and [20,22), lane 1 [5,20); one rank holds both in part order.
 
 Parts are also what a checkpoint stores, so that it loads on any number of ranks.
 """
@@ -96,7 +96,9 @@ class Rows:
 class Table(nn.Module):
     """What both placements share: the rows of this rank's parts, by part, by chunk, or settled."""
 
-    def __init__(self, layout: Layout, width: int, optimizer: RowOptimizer, world: World, held: Sequence[Range]) -> None:
+    def __init__(
+        self, layout: Layout, width: int, optimizer: RowOptimizer, world: World, held: Sequence[Range]
+    ) -> None:
         super().__init__()
         self.layout, self.width, self.optimizer, self.world = layout, width, optimizer, world
         self.step = 0  # steps taken so far
@@ -117,6 +119,18 @@ class Table(nn.Module):
                 high = min(low + (1 << 18), end)
                 place = int(start) + low - first
                 self.rows.weight.data[place : place + high - low] = initial(low, high).to(self.world.device)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Weights (rows, width) of global rows (rows,), current before this step."""
+        raise AssertionError("a table is one of its placements")
+
+    def apply_gradient(self) -> None:
+        """Take one step with the gradient of the last forward; every rank calls, after backward."""
+        raise AssertionError("a table is one of its placements")
+
+    def read(self, rows: torch.Tensor) -> Rows:
+        """Settled weights and ``last`` of global rows (rows,); every rank calls."""
+        raise AssertionError("a table is one of its placements")
 
     def part(self, number: int) -> Rows:
         """A view of the rows of one of this rank's parts."""
@@ -312,7 +326,9 @@ class _Exchange:
         self.table.count_wire(outgoing, self.sent) if len(outgoing) else None
         self.table.world.all_to_all(incoming, outgoing, self.received, self.sent)
         total = torch.zeros(len(self.mine), grad.shape[1], device=grad.device)
-        for place, part in zip(self.place.split(self.received), incoming.split(self.received), strict=True):
+        for place, part in zip(
+            torch.split(self.place, self.received), torch.split(incoming, self.received), strict=True
+        ):
             total[place] += part.float()  # a rank asks for a row once, so that no index repeats
         return total
 

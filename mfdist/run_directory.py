@@ -26,7 +26,9 @@ def numbered(restarted: bool) -> str:
     return f"{RUNS}/{max(numbers, default=0) + 1:04d}"
 
 
-def prepare(run: str, config: Any, dataset: Dataset, *, job: str, resume: str, overwrite: bool) -> dict[str, Any] | None:
+def prepare(
+    run: str, config: Any, dataset: Dataset, *, job: str, resume: str, overwrite: bool
+) -> dict[str, Any] | None:
     """Make ``run`` ready for ``job``; rank 0 calls. Returns run.json of the run to be continued, None of a new one.
 
     UsageError where the folder holds another dataset's run, another job's, or (with ``resume`` never) any run at all.
@@ -77,7 +79,9 @@ def _write(run: str, config: Any, dataset: Dataset, job: str) -> None:
     about = {
         "job": job,
         "dataset": {"name": dataset.manifest.name, "fingerprint": dataset.manifest.fingerprint},
-        "config": {key: storage.redact(v) if isinstance(v, str) else v for key, v in dataclasses.asdict(config).items()},
+        "config": {
+            key: storage.redact(v) if isinstance(v, str) else v for key, v in dataclasses.asdict(config).items()
+        },
     }
     storage.make_dirs(run)
     storage.write_text(storage.join(run, "config.toml"), to_toml(config))

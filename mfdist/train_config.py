@@ -33,7 +33,9 @@ class TrainConfig:
     lr: float = flag(0.0005, "learning rate", above=0)
     lr_schedule: str = flag("constant", "course of the learning rate; the others reach 0 at the end", choices=SCHEDULES)
     weight_decay: float = flag(0.01, "decoupled weight decay: w <- w (1 - lr wd), every row, every step", at_least=0)
-    l2: tuple[float, float] = flag((0.0, 0.0), "FACTORS,BIASES: penalty in the loss, per rating, on its own rows", parse=parse_pair)
+    l2: tuple[float, float] = flag(
+        (0.0, 0.0), "FACTORS,BIASES: penalty in the loss, per rating, on its own rows", parse=parse_pair
+    )
     betas: tuple[float, float] = flag((0.9, 0.999), "Adam's decay rates of the two moments", parse=parse_pair)
     eps: float = flag(1e-8, "added to the root of the second moment", above=0)
     batch_size: int = flag(8192, "ratings of a step, over all ranks", at_least=1)
@@ -42,7 +44,11 @@ class TrainConfig:
     keep: int = flag(3, "checkpoints to keep", at_least=1)
     seed: int = flag(42, "seed of initial values and batch order", at_least=0)
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    sharding: str = flag("auto", "tables cut by rows over the ranks, or whole on each; auto is row", choices=("auto", "row", "replicated"))
+    sharding: str = flag(
+        "auto",
+        "tables cut by rows over the ranks, or whole on each; auto is row",
+        choices=("auto", "row", "replicated"),
+    )
     wire_dtype: str = flag("fp32", "number format of item rows and gradients between ranks", choices=("fp32", "bf16"))
     checkpoint_every: str = flag("epoch", "'epoch', steps (500) or minutes (10m)", parse=parse_cadence)
     resume: str = flag("auto", "auto, never, or the path of a checkpoint")
@@ -50,21 +56,29 @@ class TrainConfig:
     init_from: str | None = flag(None, "a finished run whose model this one begins with")
     stop_fraction: float = flag(0.0, "share of training rows held out to choose the epoch", at_least=0, at_most=0.5)
     patience: int | None = flag(None, "stop after this many epochs without progress on the stop rows", at_least=1)
-    cold: str = flag("own", "rows without training: their own initial values, or the known side only", choices=("own", "known-side"))
+    cold: str = flag(
+        "own", "rows without training: their own initial values, or the known side only", choices=("own", "known-side")
+    )
     no_sigmoid: bool = flag(False, "mf_advanced without its sigmoid")
     no_bias: bool = flag(False, "mf_advanced without biases and offset")
     no_init: bool = flag(False, "mf_advanced with normal(0, 1) initial values instead of uniform(0, 0.05)")
-    sigmoid_range: tuple[float, float] | None = flag(None, "LOW,HIGH of the sigmoid; not set: the scale widened by half a step", parse=parse_range)
+    sigmoid_range: tuple[float, float] | None = flag(
+        None, "LOW,HIGH of the sigmoid; not set: the scale widened by half a step", parse=parse_range
+    )
 
     def __post_init__(self) -> None:
         plain = self.model == "mf"
         for name in ("no_sigmoid", "no_bias", "no_init"):
             if plain and getattr(self, name):
-                raise UsageError(f"--{name.replace('_', '-')} is a switch of mf_advanced; mf has nothing to switch off.")
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is a switch of mf_advanced; mf has nothing to switch off."
+                )
         if self.sigmoid_range and (plain or self.no_sigmoid):
             raise UsageError("--sigmoid-range needs mf_advanced with its sigmoid.")
         if self.cold == "known-side" and (plain or self.no_bias):
-            raise UsageError("--cold known-side needs the biases of mf_advanced: there is nothing else to fall back on.")
+            raise UsageError(
+                "--cold known-side needs the biases of mf_advanced: there is nothing else to fall back on."
+            )
         if self.patience is not None and not self.stop_fraction:
             raise UsageError("--patience watches the stop rows; give --stop-fraction too, such as 0.02.")
         if not all(0 <= beta < 1 for beta in self.betas):

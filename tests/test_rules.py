@@ -40,10 +40,15 @@ def caught_up(w, m, v, first, last, optimizer):
     seed=st.integers(0, 99),
 )
 def test_a_gap_equals_its_steps(first, gap, schedule, eps, lr, betas, seed):
-    optimizer = RowOptimizer(kind="adamw", lr=lr, lr_schedule=schedule, total_steps=2000, weight_decay=0.1, eps=eps, betas=betas)
+    optimizer = RowOptimizer(
+        kind="adamw", lr=lr, lr_schedule=schedule, total_steps=2000, weight_decay=0.1, eps=eps, betas=betas
+    )
     rng = np.random.default_rng(seed)
     g = 10.0 ** rng.uniform(-9, 0, 24)
-    m, v = (g * rng.normal(size=24)).astype("f4").astype("f8"), (g**2 * rng.uniform(0.01, 4, 24)).astype("f4").astype("f8")
+    m, v = (
+        (g * rng.normal(size=24)).astype("f4").astype("f8"),
+        (g**2 * rng.uniform(0.01, 4, 24)).astype("f4").astype("f8"),
+    )
     w = rng.normal(size=24).astype("f4").astype("f8")
     want = replay(w, m, v, first, first + gap, optimizer)
     got = caught_up(w, m, v, first, first + gap, optimizer)

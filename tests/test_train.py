@@ -37,7 +37,8 @@ def data(tmp_path_factory):
 
 
 def config(data, run, **values):
-    return TrainConfig(data=data, run=str(run), **{"batch_size": 256, "epochs": 2, "emb_dim": 8, "device": "cpu", **values})
+    small = {"batch_size": 256, "epochs": 2, "emb_dim": 8, "device": "cpu"}
+    return TrainConfig(data=data, run=str(run), **{**small, **values})
 
 
 def train_all(world, configs):
@@ -59,7 +60,8 @@ class Plain(torch.nn.Module):
     def __init__(self, form, users, items, seed):
         super().__init__()
         rows = [form.initial(seed, USER_TABLE, 0, users), form.initial(seed, ITEM_TABLE, 0, items)]
-        self.tables = torch.nn.ModuleList(torch.nn.Embedding.from_pretrained(r[:, : form.dim], freeze=False) for r in rows)
+        tables = [torch.nn.Embedding.from_pretrained(r[:, : form.dim], freeze=False) for r in rows]
+        self.tables = torch.nn.ModuleList(tables)
         self.biases = torch.nn.ModuleList()
         if form.bias:
             self.biases.extend(torch.nn.Embedding.from_pretrained(r[:, form.dim :], freeze=False) for r in rows)
@@ -134,8 +136,9 @@ OPTIMIZER_CASES = {
 
 @pytest.mark.parametrize("kind", ["sparse_adam", "rowwise_adagrad", "sgd"])
 def test_placements_are_equal(data, tmp_path, kind):
+    values = {"optimizer": kind, "lr": 0.01, "weight_decay": 0.1}
     reports = [
-        train(config(data, tmp_path / sharding, optimizer=kind, lr=0.01, weight_decay=0.1, sharding=sharding), World.alone(), QUIET)
+        train(config(data, tmp_path / sharding, **values, sharding=sharding), World.alone(), QUIET)
         for sharding in ("row", "replicated")
     ]
     np.testing.assert_allclose(curve(reports[0]), curve(reports[1]), rtol=1e-6)
@@ -185,10 +188,10 @@ def test_stop_and_resume_changes_no_bit(data, tmp_path):
 
 def test_two_ranks_stop_and_resume_on_three_and_one(data, tmp_path):
     whole = train(config(data, tmp_path / "whole"), World.alone(), QUIET)
-    for again in (3, 1):
-        c = config(data, tmp_path / f"on{again}", checkpoint_every="2", keep=9)
-        run_ranks(2, train_all, [config(data, c.run, checkpoint_every="2", epochs=1)])
-        (report,) = run_ranks(again, train_all, [c])[0]
+    runs = {again: tmp_path / f"on{again}" for again in (3, 1)}
+    run_ranks(2, train_all, [config(data, run, epochs=1) for run in runs.values()])
+    for again, run in runs.items():
+        (report,) = run_ranks(again, train_all, [config(data, run)])[0]
         np.testing.assert_allclose(curve(report), curve(whole), atol=1e-5)
 
 
@@ -225,8 +228,8 @@ def test_every_hyper_parameter_changes_the_result(data, tmp_path):
         "no_bias": True, "no_sigmoid": True, "no_init": True, "sigmoid_range": (0.0, 6.0), "stop_fraction": 0.2,
         "cold": "known-side",
     }  # fmt: skip
-    make_dataset(str(tmp_path / "cold"), rows=300, lanes=3, val_rows=200, users=200, items=60)
-    data = str(tmp_path / "cold")
+    data = str(tmp_path / "data")
+    make_dataset(data, rows=300, lanes=3, val_rows=200, users=200, items=60)
     reference = train(config(data, tmp_path / "base", **base), World.alone(), QUIET)["final"]["val_rmse"]
     for name, value in changed.items():
         values = {**base, name: value}
@@ -297,7 +300,8 @@ def test_bf16_wire_is_close(data, tmp_path):
 
 def test_init_from_begins_where_the_other_run_ended(data, tmp_path):
     first = train(config(data, tmp_path / "first"), World.alone(), QUIET)
-    second = train(config(data, tmp_path / "second", init_from=str(tmp_path / "first"), lr=1e-9, epochs=1), World.alone(), QUIET)
+    values = {"init_from": str(tmp_path / "first"), "lr": 1e-9, "epochs": 1}
+    second = train(config(data, tmp_path / "second", **values), World.alone(), QUIET)
     assert abs(second["final"]["val_rmse"] - first["final"]["val_rmse"]) < 1e-5
 
 

@@ -19,9 +19,7 @@ def decay(weight: torch.Tensor, last: torch.Tensor, log_decay: torch.Tensor, ste
     weight *= torch.exp(log_decay[step] - log_decay[last.abs().long()]).float()[:, None]
 
 
-def adamw_catch_up(
-    weight: torch.Tensor, state: State, last: torch.Tensor, tables: AdamTables, step: int
-) -> None:
+def adamw_catch_up(weight: torch.Tensor, state: State, last: torch.Tensor, tables: AdamTables, step: int) -> None:
     """Bring rows to the state after ``step``, all steps since ``last`` without a gradient."""
     m, v = state
     source = last.clamp(min=0).long()

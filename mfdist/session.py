@@ -1,0 +1,205 @@
+"""A run at work: its tables, loader and progress, and how these are stored in a checkpoint and taken from one.
+
+Every function with a session is collective: every rank calls.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mfdist import checkpoint, export, storage
+from mfdist.config import to_dict
+from mfdist.dataset import Dataset
+from mfdist.distributed import World
+from mfdist.embedding import ReplicatedTable, ShardedTable, Table, item_layout, user_layout
+from mfdist.errors import UsageError
+from mfdist.loader import Loader
+from mfdist.log import Console, MetricsLog
+from mfdist.model import ITEM_TABLE, MF, USER_TABLE, MFAdvanced
+from mfdist.optim import RowOptimizer
+from mfdist.train_config import TrainConfig
+from mfdist.validate import Validation
+
+
+@dataclass
+class Progress:
+    """What must survive a restart, but for the tables: the same on every rank."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    squared_error: float = 0.0  # of this epoch's rows so far, all ranks
+    rows: int = 0
+    seconds: float = 0.0  # spent training in this epoch so far
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    summaries: list[dict[str, Any]] = field(default_factory=list)  # SliceSums.summary() of each epoch
+    stop_rmse: list[float] = field(default_factory=list)
+    wall_seconds: float = 0.0
+
+
+@dataclass
+class Session:
+    """Everything that a run works with."""
+
+    config: TrainConfig
+    run: str
+    dataset: Dataset
+    world: World
+    console: Console
+    loader: Loader
+    model: MF
+    replica: nn.Module  # the model under DistributedDataParallel, where it has anything to reduce
+    optimizer: RowOptimizer
+    offset_state: tuple[torch.Tensor, ...]
+    validation: Validation
+    progress: Progress
+    metrics: MetricsLog
+    started: float
+    saved_at: float
+    saved_step: int = -1
+
+
+def build(config: TrainConfig, dataset: Dataset, world: World, console: Console, loader: Loader) -> Session:
+    manifest = dataset.manifest
+    form = config.form(manifest)
+    optimizer = config.row_optimizer(loader.num_steps * config.epochs)
+    user: Table
+    item: Table
+    users, items = user_layout(manifest, world.size), item_layout(manifest, world.size)
+    if config.sharding == "replicated":
+        user, item = (ReplicatedTable(layout, form.width, optimizer, world) for layout in (users, items))
+    else:
+        wire = torch.bfloat16 if config.wire_dtype == "bf16" else torch.float32
+        user = ShardedTable(users, form.width, optimizer, world, at_home=True)
+        item = ShardedTable(items, form.width, optimizer, world, at_home=False, wire_dtype=wire)
+    model = (MF if config.model == "mf" else MFAdvanced)(form, user, item)
+    replica = world.replicate(model)
+    console.info(
+        f"{manifest.name}: {loader.num_rows:,} training ratings, {manifest.num_users:,} users, {manifest.num_items:,} items, "
+        f"order {manifest.order}; {config.model}, {loader.num_steps:,} steps of {config.batch_size:,} an epoch, "
+        f"{world.size} {'rank' if world.size == 1 else 'ranks'} on {world.device.type}, "
+        f"tables {'whole on each rank' if config.sharding == 'replicated' else 'cut by rows'}"
+    )
+    if replica is model and world.size > 1:
+        console.info("nothing is replicated in this model, so it runs without DistributedDataParallel")
+    assert config.run is not None
+    return Session(
+        config, config.run, dataset, world, console, loader, model, replica, optimizer,
+        tuple(torch.zeros(1, w, device=world.device) for w in optimizer.state_widths(1)),
+        Validation(dataset, world, config.cold == "known-side"), Progress(), MetricsLog(None), time.monotonic(), time.monotonic(),
+    )  # fmt: skip
+
+
+def restore_or_initialise(session: Session) -> None:
+    """Take the newest good checkpoint, or the initial values."""
+    config, world, run = session.config, session.world, session.run
+    folder = None
+    if config.resume not in ("auto", "never"):
+        folder = config.resume
+    else:
+        step = checkpoint.newest_good(run, world, session.console.warn)
+        folder = checkpoint.folder_of(run, step) if step is not None else None
+    if folder is not None:
+        _restore(session, folder)
+    else:
+        for table, number in ((session.model.user, USER_TABLE), (session.model.item, ITEM_TABLE)):
+            table.initialise(partial(session.model.form.initial, config.seed, number))
+        if config.init_from:
+            _init_from(session, config.init_from)
+    path = storage.join(run, "metrics.jsonl") if world.is_main else None
+    session.metrics = MetricsLog(path, session.progress.step if folder else None)
+    kind = "resume" if folder else "start"
+    session.metrics.write(kind, step=session.progress.step, epoch=session.progress.epoch, world_size=world.size)
+
+
+def _restore(session: Session, folder: str) -> None:
+    state = session.world.broadcast(checkpoint.read_state(folder) if session.world.is_main else None)
+    epoch, step = session.loader.check_state(state["loader"])
+    checkpoint.load(folder, checkpoint_tensors(session, every_part=session.config.sharding == "replicated"))
+    session.progress = Progress(**state["progress"])
+    assert (epoch, step) == (session.progress.epoch, session.progress.step_in_epoch)
+    session.model.user.step = session.model.item.step = session.saved_step = session.progress.step
+    if session.config.sharding == "replicated":
+        session.model.user.settle()
+        session.model.item.settle()
+    session.console.info(f"continuing at epoch {epoch + 1}, step {step} from {storage.redact(folder)}")
+
+
+def _init_from(session: Session, run: str) -> None:
+    """Begin with the exported model of another run, whose rows are the first ones of these tables."""
+    exported = export.ExportedModel.open(run)
+    form, model = session.model.form, session.model
+    if exported.config["dim"] != form.dim or exported.has_biases != form.bias:
+        raise UsageError(f"--init-from {storage.redact(run)}: that model has another --emb-dim or other biases.")
+    sides = ((model.user, USER_TABLE, exported.user_embedding, exported.user_bias),
+             (model.item, ITEM_TABLE, exported.item_embedding, exported.item_bias))  # fmt: skip
+    for table, number, factors, biases in sides:
+        if len(factors) > table.layout.num_rows:
+            raise UsageError(f"--init-from {storage.redact(run)}: it has more users or items than this dataset.")
+        table.initialise(partial(_known_rows, session, number, factors, biases))
+    if model.offset is not None:
+        model.offset.data.fill_(exported.offset)
+
+
+def _known_rows(session: Session, number: int, factors: Any, biases: Any, first: int, end: int) -> torch.Tensor:
+    """Weights of rows ``first`` to ``end``: another model's where it has them, initial values behind."""
+    form = session.model.form
+    weight = form.initial(session.config.seed, number, first, end)
+    known = max(0, min(end, len(factors)) - first)
+    weight[:known, : form.dim] = torch.from_numpy(np.array(factors[first : first + known]))
+    if biases is not None:
+        weight[:known, form.dim] = torch.from_numpy(np.array(biases[first : first + known]))
+    return weight
+
+
+def checkpoint_tensors(session: Session, every_part: bool) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint: this rank's parts, or all parts (to load whole tables)."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, table in (("user", session.model.user), ("item", session.model.item)):
+        parts = range(len(table.layout.parts)) if every_part else table.layout.parts_of(session.world.rank)
+        for part in parts:
+            for key, tensor in table.part(part).tensors().items():
+                if tensor.numel():
+                    tensors[f"{name}.part-{part:05d}.{key}"] = tensor.detach()
+    if session.model.offset is not None:
+        tensors["offset"] = session.model.offset.data
+        tensors |= {f"offset.state{k}": state for k, state in enumerate(session.offset_state)}
+    return tensors
+
+
+def save(session: Session) -> None:
+    progress, config, world = session.progress, session.config, session.world
+    if session.saved_step == progress.step:
+        return
+    began = time.monotonic()
+    progress.wall_seconds += began - session.started
+    session.started = began
+    state = {
+        "loader": session.loader.state(progress.epoch, progress.step_in_epoch),
+        "progress": vars(progress).copy(),
+        "config": to_dict(config),
+        "world_size": world.size,
+    }
+    written = checkpoint.save(session.run, progress.step, checkpoint_tensors(session, every_part=False), state, world)
+    session.saved_step, session.saved_at = progress.step, time.monotonic()
+    if world.is_main:
+        per_epoch = session.loader.num_steps
+        checkpoint.prune(
+            session.run, config.keep, (chosen_epoch(progress) + 1) * per_epoch if progress.epochs else None
+        )
+    session.metrics.write(
+        "checkpoint", step=progress.step, epoch=progress.epoch, seconds=session.saved_at - began, bytes=written
+    )
+    session.metrics.publish()
+
+
+def chosen_epoch(progress: Progress) -> int:
+    """The epoch that ``final`` reports: the last one, or the best on the stop rows."""
+    return int(np.argmin(progress.stop_rmse)) if progress.stop_rmse else len(progress.epochs) - 1
