@@ -41,7 +41,7 @@ CHECKSUM_BYTES = 512 << 20
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A rank's rows of global batch ``step``: ``user``, ``item`` (global row numbers), ``rating`` float32, each (rows,).
+    """A rank's rows of global batch ``step``: ``user``, ``item`` (global rows), ``rating`` float32, each (rows,).
 
     ``global_rows`` counts the rows of all ranks. The tensors are the caller's to keep.
     """
@@ -214,8 +214,8 @@ class Loader:
         if window > free:
             worst = max(largest, key=lambda piece: piece.unit.rows)
             raise DataError(
-                f"{worst.file.name}, row group {worst.unit.groups[0]} has {worst.unit.rows:,} rows; two such "
-                f"row groups per lane need {window / 2**30:.1f} GiB of the {free / 2**30:.1f} GiB free. Prepare the data again."
+                f"{worst.file.name}, row group {worst.unit.groups[0]} has {worst.unit.rows:,} rows; two such row "
+                f"groups per lane need {window / 2**30:.1f} GiB of the {free / 2**30:.1f} GiB free. Prepare the data again."
             )
         limit = free // 4 if memory_bytes is None else memory_bytes
         return bool(row_bytes * rows <= limit)
