@@ -66,9 +66,9 @@ def degree_classes(curve: DegreeCurve, num_ids: int, num_rows: int) -> DegreeCla
     if not 1 <= num_ids <= num_rows:
         raise ValueError(f"{num_ids} ids cannot have {num_rows} ratings with at least one each")
     if curve.top and (num_ids, num_rows) == (curve.num_ids, curve.num_rows):
-        counts = _counts(curve, num_ids, 1.0, curve.keep)
+        counts = _counts(curve, num_ids, 1.0, curve.keep, curve.top[0])
         counts[curve.top[-1]] -= len(curve.top)
-        counts = np.concatenate([counts, np.zeros(curve.top[0] - curve.top[-1], np.int64)])
+        counts = np.concatenate([counts, np.zeros(curve.top[0], np.int64)])
         np.add.at(counts, np.array(curve.top), 1)
         keep = curve.keep
     else:
@@ -78,22 +78,27 @@ def degree_classes(curve: DegreeCurve, num_ids: int, num_rows: int) -> DegreeCla
     return DegreeClasses(degrees, counts[degrees])
 
 
-def _counts(curve: DegreeCurve, num_ids: int, stretch: float, keep: int) -> Int64Array:
-    """ids by degree (index): the curve with every degree d above ``keep`` moved to keep + (d - keep) * stretch."""
-    last = math.ceil(keep + (curve.knots[-1][0] - keep) * stretch) + 1
+def _counts(curve: DegreeCurve, num_ids: int, stretch: float, keep: int, highest: int) -> Int64Array:
+    """ids by degree (index): the curve with every degree d above ``keep`` moved to keep + (d - keep) * stretch.
+
+    What would be above ``highest`` is at ``highest``.
+    """
+    last = min(math.ceil(keep + (curve.knots[-1][0] - keep) * stretch) + 1, highest)
     degrees = np.arange(1, last + 2, dtype=np.float64)
     source = np.where(degrees <= keep, degrees, keep + (degrees - keep) / stretch)
     at_least = np.rint(curve.fraction(source) * num_ids).astype(np.int64)
+    at_least[-1] = 0
     return np.concatenate([[0], at_least[:-1] - at_least[1:]])
 
 
 def _stretched(curve: DegreeCurve, num_ids: int, num_rows: int) -> tuple[Int64Array, int]:
     """Counts by degree whose sum is close to ``num_rows``, and the highest degree that was left alone."""
-    for keep, lowest, highest in ((curve.keep, 0.2, 5.0), (1, 1e-6, 1e6)):
-        low, high = lowest, highest
-        for _ in range(50):
+    likely = max((num_rows / num_ids - 1) / (curve.num_rows / curve.num_ids - 1), 1e-3)
+    for keep, middle, span in ((curve.keep, 1.0, 5.0), (1, likely, 1e3)):
+        low, high = middle / span, middle * span
+        for _ in range(40):
             stretch = math.sqrt(low * high)
-            counts = _counts(curve, num_ids, stretch, keep)
+            counts = _counts(curve, num_ids, stretch, keep, num_rows)
             total = int(counts @ np.arange(len(counts)))
             low, high = (stretch, high) if total < num_rows else (low, stretch)
         if abs(total - num_rows) <= max(0.01 * num_rows, 50):

@@ -15,6 +15,7 @@ import dataclasses
 import gzip
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +38,8 @@ T = TypeVar("T")
 PIECE_ROWS = 1 << 18
 ENDINGS = (".csv", ".csv.gz", ".parquet")
 FORMAT_VERSION = 1
+MAX_DENSITY = 0.1  # of all (user, item) pairs, where the numbers of users and items are ours to choose
+NEVER = 1000.0  # logits: a threshold that no noisy score passes
 _SCHEMA = pa.schema(
     [("user_id", pa.string()), ("item_id", pa.string()), ("rating", pa.float32()), ("timestamp", pa.int64())]
 )
@@ -126,15 +129,17 @@ def histogram_for(preset: Preset, rows: int) -> Int64Array:
 
 def _plant(config: SynthesizeConfig, preset: Preset) -> Planted:
     rows = preset.rows if config.rows is None else config.rows
-    sides = []
-    for name, curve, given in (("users", preset.users, config.users), ("items", preset.items, config.items)):
-        count = min(curve.num_ids_for(rows), rows) if given is None else given
-        if count > rows:
-            raise UsageError(f"--{name} {count} is more than --rows {rows}: each has at least one rating.")
-        sides.append((count, curve))
-    if rows > sides[0][0] * sides[1][0]:
-        raise UsageError(f"--rows {rows} is more than --users {sides[0][0]} times --items {sides[1][0]}.")
-    users, items = (degree_classes(curve, count, rows) for count, curve in sides)
+    curves = (preset.users, preset.items)
+    natural = [curve.num_ids_for(rows) for curve in curves]
+    crowding = max(1.0, math.sqrt(rows / (MAX_DENSITY * natural[0] * natural[1])))  # above 1 for very few rows
+    counts = []
+    for name, count, given in zip(("users", "items"), natural, (config.users, config.items), strict=True):
+        if given is not None and given > rows:
+            raise UsageError(f"--{name} {given} is more than --rows {rows}: each has at least one rating.")
+        counts.append(min(math.ceil(count * crowding), rows) if given is None else given)
+    if rows > counts[0] * counts[1]:
+        raise UsageError(f"--rows {rows} is more than --users {counts[0]} times --items {counts[1]}.")
+    users, items = (degree_classes(curve, count, rows) for curve, count in zip(curves, counts, strict=True))
     return Planted(users, items, preset.effects, config.seed)
 
 
@@ -151,10 +156,11 @@ def _thresholds(source: Planted, histogram: Int64Array, threads: ThreadPoolExecu
     below = np.concatenate([[0], np.cumsum(counts)])
     bins = np.searchsorted(below, wanted, side="right") - 1  # below[bin] <= wanted < below[bin + 1]
     parts = list(_in_order(threads, lambda p: _scores_in(source.rows(p), bins), pieces))
-    return np.array([
-        _between(np.sort(np.concatenate([part[k] for part in parts])), int(wanted[k] - below[bins[k]]))
-        for k in range(len(bins))
-    ])  # fmt: skip
+    thresholds = np.full(len(wanted), NEVER)
+    for k in np.flatnonzero(wanted < source.num_rows):
+        scores = np.sort(np.concatenate([part[k] for part in parts]))
+        thresholds[k] = _between(scores, int(wanted[k] - below[bins[k]]))
+    return thresholds
 
 
 def _bin_counts(rows: Rows) -> Int64Array:

@@ -65,12 +65,12 @@ ELECTRONICS = Preset(
 BUILTIN = Preset(
     rows=200_000,
     users=DegreeCurve(
-        num_ids=6_000, num_rows=200_000, knots=((1, 6_000), (8, 5_700), (16, 4_400), (40, 1_500), (100, 260), (400, 6))
+        num_ids=3_000, num_rows=200_000, knots=((1, 3_000), (10, 2_900), (25, 2_250), (60, 900), (150, 190), (400, 3))
     ),
     items=DegreeCurve(
-        num_ids=2_000, num_rows=200_000, knots=((1, 2_000), (10, 1_800), (30, 1_300), (100, 500), (400, 80), (2_000, 4))
+        num_ids=1_000, num_rows=200_000, knots=((1, 1_000), (20, 900), (60, 650), (200, 250), (600, 60), (1_200, 2))
     ),
-    effects=Effects(user_bias_sd=0.7, item_bias_sd=0.9, factor_sd=1.2, rank=4),
+    effects=Effects(user_bias_sd=0.7, item_bias_sd=0.9, factor_sd=1.2, rank=2),
     histogram=(16_000, 26_000, 48_000, 64_000, 46_000),
     days=(14_610, 16_071),
 )
