@@ -1,0 +1,445 @@
+"""From read rows to a dataset directory: counting passes where needed, lanes, vocabulary, figures, manifest last."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mfdist import storage
+from mfdist.dataset import MANIFEST, Dataset, FileEntry, Lane, Manifest, fingerprint
+from mfdist.dataset_report import write_dataset_report
+from mfdist.errors import DataError, UsageError
+from mfdist.ids import HASH_VERSION, RowTable
+from mfdist.ingest import REJECTED_SCHEMA, Ingest
+from mfdist.lanes import BLOCK_ROWS, MAX_DISTINCT, LaneFacts, LaneWriter, ParquetFile, lanes_of_users
+from mfdist.log import Console
+from mfdist.prepare_config import PrepareConfig
+from mfdist.spill import BUCKETS, Arrays, Ids, bucket_edge
+from mfdist.split import Duplicates, SplitRule, choose, core, core_rows, merged, sorted_rows, time_cut, user_runs
+
+INT32_ROWS = 2**31 - 1
+VOCABULARY_GROUP = 65_536
+ROW_COST = 200
+"""Bytes that a row takes while its group is worked on: sorting, both forms, and what waits to be written."""
+GROUP_ROWS = 1 << 20
+
+VOCABULARY_SCHEMA = pa.schema(
+    [pa.field("row", pa.int64(), False), pa.field("id", pa.string(), False), pa.field("ratings", pa.int64(), False)]
+)
+
+
+@dataclass
+class Groups:
+    """The rows in groups of users, in hash order, each sorted and merged; counted once."""
+
+    read: Ingest
+    policy: str
+    bounds: list[tuple[int, int]]
+    threads: int
+
+    def __call__(self) -> Iterator[Arrays]:
+        yield from ahead(self.bounds, self.group, self.threads)
+
+    def group(self, bounds: tuple[int, int]) -> Arrays:
+        rows = self.read.rows.read(*bounds)
+        return merged(sorted_rows(rows, bucket_edge(bounds[0]), bucket_edge(bounds[1])), self.policy)
+
+
+def ahead(work: list[Any], do: Any, threads: int) -> Iterator[Any]:
+    """``do(x)`` for x in ``work``, in order, computed by threads a little ahead."""
+    waiting: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for x in work:
+            waiting.append(pool.submit(do, x))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def group_bounds(counts: npt.NDArray[np.int64], most: int) -> list[tuple[int, int]]:
+    """Consecutive buckets together up to ``most`` rows a group (a bucket alone may hold more)."""
+    bounds, first, rows = [], 0, 0
+    for bucket, count in enumerate(counts.tolist()):
+        if rows and rows + count > most:
+            bounds.append((first, bucket))
+            first, rows = bucket, 0
+        rows += count
+    return [*bounds, (first, BUCKETS)]
+
+
+@dataclass
+class Totals:
+    """Counts that grow while the lanes are written."""
+
+    users: int = 0
+    rows: int = 0
+    lane_users: dict[int, tuple[int, int]] = field(default_factory=dict)
+    lane_rows: dict[int, tuple[int, int]] = field(default_factory=dict)
+    lane_files: dict[int, list[FileEntry]] = field(default_factory=dict)
+    facts: LaneFacts = field(default_factory=LaneFacts)
+    user_activity: dict[int, int] = field(default_factory=dict)
+    cold_user_val: int = 0
+
+
+@dataclass
+class ItemCounts:
+    """Ratings of every item: in training, in validation, and in validation by users that training never saw."""
+
+    train: npt.NDArray[np.int64]
+    val: npt.NDArray[np.int64]
+    val_of_cold: npt.NDArray[np.int64]
+
+    @staticmethod
+    def zeros(n: int) -> ItemCounts:
+        return ItemCounts(*(np.zeros(n, np.int64) for _ in range(3)))
+
+
+def assemble(config: PrepareConfig, read: Ingest, request: dict[str, Any], scratch: str, console: Console) -> Dataset:
+    """Write the dataset of ``read``; the directory is touched from here on, its manifest last."""
+    counts = read.rows.finish()
+    max_users, _ = read.ids[0].finish(), read.ids[1].finish()
+    threads = os.cpu_count() or 1
+    most = max(1 << 16, min(GROUP_ROWS, config.memory // ROW_COST // (3 * threads)))
+    groups = Groups(read, config.duplicates, group_bounds(counts, most), threads)
+    check_memory(int(counts.max()), config.memory, "one part of the users", "--memory")
+    try:
+        plan = make_plan(config, read, groups, max_users, console)
+    except Duplicates as pair:
+        raise DataError(named_pair(read, pair)) from None
+    open_directory(config.target)
+    totals, item_counts = Totals(), ItemCounts.zeros(plan.items.hashes.size)
+    user_file = write_lanes(config, read, plan, groups, totals, item_counts, scratch, threads, console)
+    item_file = write_items(config.target, read, plan, item_counts.train, scratch)
+    rejected_file = write_rejected(config.target, read, scratch)
+    manifest = make_manifest(config, read, plan, totals, item_counts, [user_file, item_file, rejected_file], request)
+    say_totals(manifest, read, console)
+    write_dataset_report(config.target, manifest, totals.user_activity, item_counts.train, totals.facts.days)
+    storage.write_text(storage.join(config.target, MANIFEST), manifest.to_json())
+    return Dataset(config.target, manifest)
+
+
+def check_memory(rows: int, memory: int, what: str, remedy: str) -> None:
+    """UsageError where so many rows cannot be worked on together."""
+    if rows * ROW_COST > memory:
+        raise UsageError(
+            f"{what} holds {rows:,} ratings, which take {rows * ROW_COST / 2**30:.1f} GiB: more than --memory "
+            f"{memory / 2**30:.1f}GiB. Raise {remedy}."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What must be known before the first lane is written: ``items`` are the vocabulary."""
+
+    items: RowTable
+    all_items: RowTable
+    alive: npt.NDArray[np.bool_] | None  # of all_items, those inside the k-core; None: no minimum counts
+    kept_rows: int
+    merged_rows: int
+    filtered_rows: int
+    num_lanes: int
+    rule: SplitRule
+    wide_ids: bool
+
+
+def make_plan(config: PrepareConfig, read: Ingest, groups: Groups, max_users: int, console: Console) -> Plan:
+    """The counting passes: k-core, kept rows, the time of a time split."""
+    items = all_items = RowTable(read.ids[1].read().hashes)
+    alive, merged_rows, kept_rows = None, 0, read.rows.rows
+    if config.min_user_ratings > 1 or config.min_item_ratings > 1:
+        console.info("counting ratings per user and item until no more are removed")
+        alive = core(groups, all_items, config.min_user_ratings, config.min_item_ratings)
+    if config.duplicates != "keep" or alive is not None:
+        after_merge, kept_rows, present = 0, 0, np.zeros(all_items.hashes.size, np.bool_)
+        for rows in groups():
+            after_merge += rows["user"].size
+            rows = survivors(rows, all_items, alive, config.min_user_ratings)
+            kept_rows += rows["user"].size
+            present[all_items.rows(rows["item"])] = True
+        merged_rows = read.rows.rows - after_merge
+        items = RowTable(all_items.hashes[present])
+    if kept_rows == 0:
+        raise DataError("no row is left: --min-user-ratings and --min-item-ratings remove all of them.")
+    num_lanes = config.lanes or (64 if kept_rows <= 10_000_000 else 512)
+    check_memory(kept_rows // num_lanes, config.memory, "a lane", "--lanes, or --memory")
+    plan = Plan(items=items, all_items=all_items, alive=alive, kept_rows=kept_rows, merged_rows=merged_rows,
+                filtered_rows=read.rows.rows - merged_rows - kept_rows, num_lanes=num_lanes,
+                rule=SplitRule(kind="given" if config.val else config.split, fraction=config.val_fraction,
+                               seed=config.seed, last=config.last),
+                wide_ids=max(max_users, items.hashes.size) > INT32_ROWS)  # fmt: skip
+    return with_time_cut(plan, config, read, groups) if plan.rule.kind == "time" else plan
+
+
+def with_time_cut(plan: Plan, config: PrepareConfig, read: Ingest, groups: Groups) -> Plan:
+    """The plan with the time after which rows validate."""
+    early, late = read.time_range
+
+    def kept() -> Iterator[Arrays]:
+        for rows in groups():
+            yield survivors(rows, plan.all_items, plan.alive, config.min_user_ratings)
+
+    cut = time_cut(kept, early, late, config.val_fraction)
+    if cut >= late and config.val_fraction > 0:
+        raise DataError(f"--split time: more than {config.val_fraction:g} of the rows have the newest time, {late}; "
+                        "there is no time to cut at. Use --split random.")  # fmt: skip
+    return replace(plan, rule=replace(plan.rule, time_cut=cut))
+
+
+def survivors(rows: Arrays, items: RowTable, alive: npt.NDArray[np.bool_] | None, min_user: int) -> Arrays:
+    """The merged rows that the minimum counts leave."""
+    if alive is None:
+        return rows
+    kept = core_rows(rows, items, alive, min_user)
+    return {name: values[kept] for name, values in rows.items()}
+
+
+def open_directory(out: str) -> None:
+    """Make the directory empty: without its manifest first, so that what is left of it looks like no dataset."""
+    storage.remove(storage.join(out, MANIFEST))
+    for name in ("train", "val", "report", "users.parquet", "items.parquet", "rejected.parquet"):
+        storage.remove(storage.join(out, name))
+    storage.make_dirs(out)
+
+
+def write_lanes(config: PrepareConfig, read: Ingest, plan: Plan, groups: Groups, totals: Totals, counts: ItemCounts,
+                scratch: str, threads: int, console: Console) -> FileEntry:  # fmt: skip
+    """The write pass; returns users.parquet's entry and fills ``totals`` and ``counts``."""
+    writer = LaneWriter(root=config.target, scratch=scratch, order=config.order, seed=config.seed,
+                        has_time=read.rules.with_time, wide_ids=plan.wide_ids, num_lanes=plan.num_lanes,
+                        time_unit=time_unit(read.time_range[1]))  # fmt: skip
+    borders = np.arange(1, plan.num_lanes + 1) * (plan.kept_rows / plan.num_lanes)
+
+    def chosen(bounds: tuple[int, int]) -> tuple[Arrays, Ids]:
+        rows = survivors(groups.group(bounds), plan.all_items, plan.alive, config.min_user_ratings)
+        rows = choose(rows, plan.rule)
+        return {**rows, "item_row": plan.items.rows(rows["item"])}, read.ids[0].read(*bounds)
+
+    open_parts: list[Arrays] = []
+    lane = 0
+    writing: deque[Future[Any]] = deque()
+
+    def written(most: int) -> None:
+        while len(writing) > most:
+            number, files, sizes, facts = writing.popleft().result()
+            totals.lane_files[number], totals.lane_rows[number] = files, sizes
+            totals.facts.add(facts)
+
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        vocabulary_file(config.target, "users", scratch) as users,
+        console.progress("write", plan.kept_rows) as progress,
+    ):
+        for rows, ids in ahead(groups.bounds, chosen, threads):
+            for next_lane, part in numbered(rows, ids, users, borders, totals, counts):
+                if next_lane != lane and open_parts:
+                    writing.append(pool.submit(writer.write, lane, open_parts))
+                    open_parts = []
+                    written(2 * threads)
+                lane = next_lane
+                open_parts.append(part)
+            progress.advance(rows["user"].size)
+        if open_parts:
+            writing.append(pool.submit(writer.write, lane, open_parts))
+        written(0)
+        users.flush()
+    return users.file.done
+
+
+def numbered(rows: Arrays, ids: Ids, users: Vocabulary, borders: Any, totals: Totals,
+             counts: ItemCounts) -> Iterator[tuple[int, Arrays]]:  # fmt: skip
+    """Number a group's users, write their ids, count; gives the group's rows lane by lane."""
+    first, count = user_runs(rows["user"])
+    if first.size == 0:
+        return
+    is_val, item = rows["is_val"], rows["item_row"]
+    lanes = lanes_of_users(count, totals.rows, borders)
+    user = np.repeat(np.arange(first.size), count)
+    train_count = count - np.add.reduceat(is_val, first, dtype=np.int64)
+    users.write(ids, np.searchsorted(ids.hashes, rows["user"][first]), train_count)
+    cold = is_val & (train_count == 0)[user]
+    size = counts.train.size
+    counts.train += np.bincount(item[~is_val], minlength=size)
+    counts.val += np.bincount(item[is_val], minlength=size)
+    counts.val_of_cold += np.bincount(item[cold], minlength=size)
+    totals.cold_user_val += int(np.count_nonzero(cold))
+    for activity, number in zip(*np.unique(count, return_counts=True), strict=True):
+        totals.user_activity[int(activity)] = totals.user_activity.get(int(activity), 0) + int(number)
+    columns = {
+        "user": user + totals.users,
+        "item": item,
+        "rating": rows["rating"],
+        "is_val": is_val,
+        "key": rows["key"],
+    }
+    if "time" in rows:
+        columns["time"] = rows["time"]
+    for a, b in lane_spans(lanes):
+        low, high = int(first[a]), int(first[b - 1] + count[b - 1])
+        number = int(lanes[a])
+        begin, _ = totals.lane_users.get(number, (totals.users + a, 0))
+        totals.lane_users[number] = (begin, totals.users + b)
+        yield number, {name: values[low:high] for name, values in columns.items()}
+    totals.users += first.size
+    totals.rows += rows["user"].size
+
+
+def lane_spans(lanes: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """(first, end) of every run of equal lanes."""
+    edges = [0, *(np.flatnonzero(np.diff(lanes)) + 1).tolist(), lanes.size]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+class Vocabulary:
+    """users.parquet or items.parquet while it is written, in row groups of 65,536."""
+
+    def __init__(self, file: ParquetFile) -> None:
+        self.file = file
+        self._held: list[pa.Table] = []
+        self._held_rows = self._row = 0
+
+    def write(self, ids: Ids, places: npt.NDArray[np.int64], ratings: npt.NDArray[np.int64]) -> None:
+        """The ids at ``places``, numbered on, with their training ratings."""
+        for first in range(0, places.size, 1 << 22):  # a string column addresses its text with 31 bits
+            edges, content = ids.take(places[first : first + (1 << 22)])
+            number = edges.size - 1
+            text = pa.LargeStringArray.from_buffers(number, pa.py_buffer(edges), pa.py_buffer(content))
+            rows = np.arange(self._row, self._row + number)
+            columns = [pa.array(rows), text.cast(pa.string()), pa.array(ratings[first : first + number])]
+            self._held.append(pa.Table.from_arrays(columns, schema=VOCABULARY_SCHEMA))
+            self._row += number
+            self._held_rows += number
+        whole = self._held_rows // VOCABULARY_GROUP * VOCABULARY_GROUP
+        if whole:
+            table = pa.concat_tables(self._held)
+            self.file.write(table.slice(0, whole), VOCABULARY_GROUP)
+            self._held, self._held_rows = [table.slice(whole)], self._held_rows - whole
+
+    def flush(self) -> None:
+        """Write what is left; the file is complete when its context ends."""
+        if self._held_rows:
+            self.file.write(pa.concat_tables(self._held), VOCABULARY_GROUP)
+        self._held, self._held_rows = [], 0
+
+
+@contextmanager
+def vocabulary_file(root: str, side: str, scratch: str) -> Iterator[Vocabulary]:
+    options = {"use_dictionary": False, "write_statistics": True}
+    with ParquetFile(root, f"{side}.parquet", VOCABULARY_SCHEMA, scratch, **options) as file:
+        yield Vocabulary(file)
+
+
+def write_items(root: str, read: Ingest, plan: Plan, train: npt.NDArray[np.int64], scratch: str) -> FileEntry:
+    ids = read.ids[1].read()
+    with vocabulary_file(root, "items", scratch) as items:
+        items.write(ids, np.searchsorted(ids.hashes, plan.items.hashes), train)
+        items.flush()
+    return items.file.done
+
+
+def write_rejected(root: str, read: Ingest, scratch: str) -> FileEntry:
+    """rejected.parquet, from the scratch folder."""
+    with (
+        pq.ParquetFile(read.rejected_path) as found,
+        ParquetFile(root, "rejected.parquet", REJECTED_SCHEMA, scratch + "/out") as file,
+    ):
+        for batch in found.iter_batches():
+            file.write(pa.Table.from_batches([batch]))
+    return file.done
+
+
+def named_pair(read: Ingest, pair: Duplicates) -> str:
+    texts = []
+    for side, value in enumerate((pair.user, pair.item)):
+        ids = read.ids[side].read(value >> 52, (value >> 52) + 1)
+        place = int(np.searchsorted(ids.hashes, np.uint64(value)))
+        texts.append(ids.take(np.array([place]))[1].tobytes().decode())
+    return (f"user {texts[0]!r} rates item {texts[1]!r} more than once; mend the source, or choose --duplicates last, "
+            "mean or keep.")  # fmt: skip
+
+
+def time_unit(latest: int) -> int:
+    """Timestamps per second: 1, or 1,000, 10^6, 10^9 where seconds would lie beyond the year 5138."""
+    return next((unit for unit in (1, 10**3, 10**6) if abs(latest) < 10**11 * unit), 10**9)
+
+
+def rating_facts(facts: LaneFacts, scale: tuple[float, float] | None) -> dict[str, Any]:
+    """Scale, step, histogram and mean. More than 1,000 different ratings are counted in 100 equal bins (lower edges)."""
+    both = dict(facts.train_values)
+    for value, count in facts.val_values.items():
+        both[value] = both.get(value, 0) + count
+    values = sorted(both)
+    low, high = scale or (values[0], values[-1])
+    train = np.array(sorted(facts.train_values))
+    step = float(np.diff(train).min()) if train.size > 1 else 1.0
+    number = sum(facts.train_values.values())
+    total = math.fsum(value * count for value, count in facts.train_values.items())
+    histogram = [(value, both[value]) for value in values]
+    if len(values) > MAX_DISTINCT:
+        counts, edges = np.histogram(values, 100, (values[0], values[-1]), weights=[both[v] for v in values])
+        histogram = [(float(edge), int(count)) for edge, count in zip(edges[:-1], counts, strict=True)]
+    return {"rating_scale": (low, high), "rating_step": max(step, (high - low) / 100), "rating_histogram": histogram,
+            "global_mean": total / number if number else 0.0}  # fmt: skip
+
+
+def make_manifest(config: PrepareConfig, read: Ingest, plan: Plan, totals: Totals, counts: ItemCounts,
+                  others: list[FileEntry], request: dict[str, Any]) -> Manifest:  # fmt: skip
+    """The manifest; asserts that every row is accounted for."""
+    num_train = sum(train for train, _ in totals.lane_rows.values())
+    num_val = sum(val for _, val in totals.lane_rows.values())
+    assert read.num_in == num_train + num_val + read.num_rejected + plan.filtered_rows + plan.merged_rows
+    lanes, files = [], []
+    for number in range(plan.num_lanes):
+        entries = totals.lane_files.get(number, [])
+        train, val = totals.lane_rows.get(number, (0, 0))
+        ranges = (totals.lane_users[number],) if number in totals.lane_users else ()
+        lanes.append(Lane(user_ranges=ranges, train_rows=train, val_rows=val, files=tuple(e.path for e in entries)))
+        files += entries
+    rule = plan.rule
+    split = {"kind": rule.kind, "fraction": num_val / max(num_train + num_val, 1) if rule.kind in ("given", "last-n")
+             else rule.fraction, "seed": rule.seed,
+             "fingerprint": fingerprint([e.checksum for e in files if e.path.startswith("val/")])}  # fmt: skip
+    if rule.kind == "last-n":
+        split["last"] = rule.last
+    if rule.kind == "time":
+        split["time"] = rule.time_cut
+    cold_items = counts.train == 0
+    extra = {"block_rows": BLOCK_ROWS, "hash_version": HASH_VERSION, "salt": read.rules.salt, "request": request,
+             "time_unit": time_unit(read.time_range[1]), "synthetic": is_synthetic(read),
+             "cold": {"cold_user": totals.cold_user_val, "cold_item": int(counts.val[cold_items].sum()),
+                      "cold_both": int(counts.val_of_cold[cold_items].sum())}}  # fmt: skip
+    return Manifest(
+        name=storage.name_of(config.target), num_users=totals.users, num_items=plan.items.hashes.size,
+        num_ratings={"train": num_train, "val": num_val}, lanes=tuple(lanes), order=config.order, split=split,
+        fingerprint=fingerprint([e.checksum for e in files]), sources=read.sources, rejected=read.rejected,
+        filtered=plan.filtered_rows, merged=plan.merged_rows, files=tuple(files + others),
+        has_timestamp=read.rules.with_time, extra=extra, **rating_facts(totals.facts, config.rating_scale),
+    )  # fmt: skip
+
+
+def is_synthetic(read: Ingest) -> bool:
+    """Whether a source stands beside the truth that planted it."""
+    paths = [source["path"] for source in read.sources]
+    return any(storage.is_local(path) and os.path.exists(storage.local_path(path) + ".truth.json") for path in paths)
+
+
+def say_totals(manifest: Manifest, read: Ingest, console: Console) -> None:
+    """Where every row went."""
+    train, val = manifest.num_ratings["train"], manifest.num_ratings["val"]
+    console.info(f"rows in {read.num_in:,} = train {train:,} + val {val:,} + rejected {read.num_rejected:,} + filtered "
+                 f"{manifest.filtered:,} + merged {manifest.merged:,}")  # fmt: skip
+    for reason, count in sorted(manifest.rejected.items()):
+        console.info(f"rejected: {reason}: {count:,}")
+    console.info(f"{manifest.num_users:,} users, {manifest.num_items:,} items, {len(manifest.lanes)} lanes, ratings "
+                 f"{manifest.rating_scale[0]:g} to {manifest.rating_scale[1]:g}, mean {manifest.global_mean:.4f}")  # fmt: skip

@@ -1,0 +1,283 @@
+"""Delimited text to fields: a compiled scanner that knows where every record begins, ends and goes wrong.
+
+A record is a line, or several where a quoted field holds line ends. A field that begins with a double quote ends at
+a quote followed by the separator or the line end; a doubled quote inside stands for one. A quote that is never closed
+so (within ``MAX_RECORD`` bytes) spoils its own line alone: that line is one bad record, the next line begins afresh.
+So what a record is does not depend on how the file is cut into chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+MAX_RECORD = 1 << 20
+"""Bytes that a quoted record may be long."""
+
+OK, FIELDS, QUOTE, RATING, TIME, USER, ITEM, UTF8 = range(8)
+"""What is wrong with a record; RATING and TIME only say that the plain number parser does not know the text."""
+
+_NL, _CR, _QUOTE = 10, 13, 34
+
+
+@numba.njit(nogil=True, cache=True)
+def _quoted_end(content: Any, at: Any, size: Any, sep0: Any, sep1: Any) -> Any:
+    """The closing quote of the field whose first quote stands before ``at``; -1 malformed, -2 cut off."""
+    p = at
+    while p < size:
+        if p - at > MAX_RECORD:
+            return -1
+        if content[p] != _QUOTE:
+            p += 1
+            continue
+        if p + 1 >= size:
+            return -2
+        c = content[p + 1]
+        if c == _QUOTE:
+            p += 2
+            continue
+        if c == _NL:
+            return p
+        if c == _CR:
+            if p + 2 >= size:
+                return -2
+            return p if content[p + 2] == _NL else -1
+        if c == sep0:
+            if sep1 == 0:
+                return p
+            if p + 2 >= size:
+                return -2
+            return p if content[p + 2] == sep1 else -1
+        return -1
+    return -2
+
+
+@numba.njit(nogil=True, cache=True)
+def record_end(content: Any, start: Any, size: Any, sep0: Any, sep1: Any, quotes: Any, final: Any) -> Any:
+    """Place after the line end of the record at ``start``, -1 where the record is cut off at ``size``.
+
+    A malformed quote makes the record its first line; so does one still open at ``size`` where that is the end
+    of the file (``final``).
+    """
+    p, field_start, bad = start, True, False
+    while p < size:
+        c = content[p]
+        if c == _NL:
+            return p + 1
+        if quotes and field_start and c == _QUOTE and not bad:
+            q = _quoted_end(content, p + 1, size, sep0, sep1)
+            if q == -2 and not final:
+                return -1
+            if q < 0:
+                bad = True
+                p = start
+                field_start = False
+                continue
+            p = q + 1
+            field_start = False
+            continue
+        if c == sep0 and (sep1 == 0 or (p + 1 < size and content[p + 1] == sep1)):
+            p += 1 if sep1 == 0 else 2
+            field_start = True
+            continue
+        field_start = False
+        p += 1
+    return -1
+
+
+@numba.njit(nogil=True, cache=True)
+def last_record_end(content: Any, size: Any, sep0: Any, sep1: Any, quotes: Any, final: Any) -> Any:
+    """Place after the last whole record of a chunk that begins at a record (0: none is whole)."""
+    at = 0
+    while at < size:
+        end = record_end(content, at, size, sep0, sep1, quotes, final)
+        if end < 0:
+            break
+        at = end
+    return at
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def _plain_number(content: Any, start: Any, end: Any) -> Any:
+    """(value, True) of digits with an optional sign and point, at most 15 digits; else (0, False)."""
+    p, negative, digits, scale, point, mantissa = start, False, 0, 1.0, False, 0
+    while p < end and content[p] == 32:
+        p += 1
+    while end > p and content[end - 1] == 32:
+        end -= 1
+    if p < end and (content[p] == 45 or content[p] == 43):
+        negative = content[p] == 45
+        p += 1
+    while p < end:
+        c = content[p]
+        if 48 <= c <= 57:
+            mantissa = mantissa * 10 + np.int64(c - 48)
+            digits += 1
+            if point:
+                scale *= 10.0
+        elif c == 46 and not point:
+            point = True
+        else:
+            return 0.0, False
+        p += 1
+    if digits == 0 or digits > 15:
+        return 0.0, False
+    value = mantissa / scale
+    return (-value if negative else value), True
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def _plain_int(content: Any, start: Any, end: Any) -> Any:
+    p, negative, value = start, False, np.int64(0)
+    if p < end and content[p] == 45:
+        negative = True
+        p += 1
+    if end - p < 1 or end - p > 18:
+        return np.int64(0), False
+    while p < end:
+        c = content[p]
+        if c < 48 or c > 57:
+            return np.int64(0), False
+        value = value * 10 + np.int64(c - 48)
+        p += 1
+    return (-value if negative else value), True
+
+
+@numba.njit(nogil=True, cache=True)
+def valid_utf8(content: Any, start: Any, length: Any) -> Any:
+    """Whether a span is well-formed UTF-8 (no surrogates, no overlong forms)."""
+    p, end = start, start + length
+    while p < end:
+        c = content[p]
+        if c < 0x80:
+            p += 1
+            continue
+        if c < 0xC2 or c > 0xF4:
+            return False
+        more = 1 if c < 0xE0 else (2 if c < 0xF0 else 3)
+        if p + more >= end:
+            return False
+        low, high = 0x80, 0xBF
+        if c == 0xE0:
+            low = 0xA0
+        elif c == 0xED:
+            high = 0x9F
+        elif c == 0xF0:
+            low = 0x90
+        elif c == 0xF4:
+            high = 0x8F
+        if content[p + 1] < low or content[p + 1] > high:
+            return False
+        for k in range(2, more + 1):
+            if content[p + k] < 0x80 or content[p + k] > 0xBF:
+                return False
+        p += more + 1
+    return True
+
+
+@numba.njit(nogil=True, cache=True)
+def _blank(content: Any, start: Any, length: Any) -> Any:
+    for k in range(length):
+        c = content[start + k]
+        if c != 32 and c != 9:
+            return False
+    return True
+
+
+@numba.njit(nogil=True, cache=True)
+def check_ids(content: Any, start: Any, length: Any, status: Any, empty: Any) -> None:
+    """Set ``status`` where an id is empty or blank (to ``empty``) or no valid UTF-8."""
+    for i in range(start.size):
+        if status[i] != OK:
+            continue
+        high = False
+        for k in range(length[i]):
+            high |= content[start[i] + k] >= 0x80
+        if high and not valid_utf8(content, start[i], length[i]):
+            status[i] = UTF8
+        elif _blank(content, start[i], length[i]):
+            status[i] = empty
+
+
+@numba.njit(nogil=True, cache=True)
+def _unescape(content: Any, start: Any, length: Any, out: Any, at: Any) -> Any:
+    """Copy a span with doubled quotes made single to ``out[at:]``; the new length."""
+    p, end, n = start, start + length, 0
+    while p < end:
+        out[at + n] = content[p]
+        n += 1
+        p += 2 if content[p] == _QUOTE else 1
+    return n
+
+
+@numba.njit(nogil=True, cache=True)
+def scan_delimited(content: Any, size: Any, sep0: Any, sep1: Any, quotes: Any, num_fields: Any, columns: Any,
+                   begin: Any, end: Any, line: Any, start: Any, length: Any, rating: Any, time: Any, status: Any,
+                   extra: Any) -> Any:  # fmt: skip
+    """Scan the whole records in ``content[:size]``; every record must end with a line end.
+
+    ``columns`` (int64, (4,)): field numbers of user, item, rating, timestamp (-1: none). Outputs per record:
+    ``begin``, ``end`` (without the line end), ``line`` (0 the chunk's first), ``start`` and ``length`` (int64, (4, n))
+    of the four fields, ``rating`` (float64), ``time`` (int64), ``status``. Ids with doubled quotes are rewritten to
+    ``extra`` (as long as content), their start counted from ``size``. Returns (records, lines, bytes in extra).
+    """
+    at, n, lines, used = 0, 0, 0, 0
+    while at < size:
+        stop = record_end(content, at, size, sep0, sep1, quotes, True)
+        last = stop - 1
+        if last > at and content[last - 1] == _CR:
+            last -= 1
+        if last == at:
+            at = stop
+            lines += 1
+            continue
+        begin[n], end[n], line[n], status[n] = at, last, lines, OK
+        p, field, more = at, 0, True
+        while more:
+            escaped = False
+            if quotes and p < last and content[p] == _QUOTE:
+                q = _quoted_end(content, p + 1, stop, sep0, sep1)
+                if q < 0:
+                    status[n] = QUOTE
+                    break
+                s, e = p + 1, q
+                p = q + 1
+                for k in range(s, e):
+                    escaped |= content[k] == _QUOTE
+                    lines += content[k] == _NL
+            else:
+                s = p
+                while p < last and not (content[p] == sep0 and (sep1 == 0 or content[p + 1] == sep1)):
+                    p += 1
+                e = p
+            for c in range(4):
+                if columns[c] == field:
+                    start[c, n], length[c, n] = s, e - s
+                    if escaped:
+                        length[c, n] = _unescape(content, s, e - s, extra, used)
+                        start[c, n] = size + used
+                        used += length[c, n]
+            field += 1
+            more = p < last
+            p += 1 if sep1 == 0 else 2
+        if status[n] == OK:
+            if field != num_fields:
+                status[n] = FIELDS
+            else:
+                value, plain = _plain_number(content, start[2, n], start[2, n] + length[2, n]) \
+                    if start[2, n] < size else (0.0, False)  # fmt: skip
+                rating[n] = value
+                if not plain:
+                    status[n] = RATING
+                if columns[3] >= 0:
+                    when, whole = _plain_int(content, start[3, n], start[3, n] + length[3, n]) \
+                        if start[3, n] < size else (np.int64(0), False)  # fmt: skip
+                    time[n] = when
+                    if not whole and status[n] == OK:
+                        status[n] = TIME
+        n += 1
+        lines += 1
+        at = stop
+    return n, lines, used
