@@ -50,7 +50,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the workers and return the exit code of the whole."""
-    args = run.parse_args(sys.argv[1:] if argv is None else list(argv))  # type: ignore[no-untyped-call]
+    parser = run.get_args_parser()
+    parser.allow_abbrev = False  # else Python before 3.12 takes the job's --run for an abbreviation of --run-path
+    args = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
     _check_and_complete(args)
     # The agent reports each stopped worker in its own log format; the workers and this function say it plainly.
     if "LOGLEVEL" not in os.environ:

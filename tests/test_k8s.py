@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from datasets import make_dataset
 from manifests import Manifest, containers, env_of, find, lint, pod_spec, render
+from pods import Pods, missing
 
 K8S = Path(__file__).parents[1] / "k8s"
 KUSTOMIZATIONS = ["train", "overlays/one-gpu-node", "overlays/several-nodes", "overlays/object-store"]
@@ -135,3 +139,68 @@ def test_image_pins_what_it_installs() -> None:
     assert set(needed) - {"torch", "tomli"} <= pinned
     for source in re.findall(r"^COPY (.+) \S+$", text, re.M):
         assert all((K8S.parent / name).exists() for name in source.split())
+
+
+def run_pods(folder: Path, kill: int | None, nproc: str = "1", settings: str = "") -> tuple[Pods, str, Path]:
+    """The several-nodes overlay as pods on a small dataset; pod ``kill`` is killed after the first checkpoint."""
+    if reason := missing():
+        pytest.skip(reason)
+    manifests = manifests_of("overlays/several-nodes")
+    job = find(manifests, "Job", "mfdist-train")
+    set_env("PET_NPROC_PER_NODE", nproc)(job, job, containers(job)[0])
+    data, config = folder / "volume", folder / "config"
+    make_dataset(data / "dataset", rows=40_000, val_rows=4_000, lanes=8)
+    config.mkdir()
+    text = find(manifests, "ConfigMap", "mfdist-train")["data"]["train.toml"].replace('"/data/', f'"{data}/')
+    text += 'emb-dim = 8\nepochs = 6\nbatch-size = 128\nlr = 0.01\ndevice = "cpu"\n' + settings
+    (config / "train.toml").write_text(text.replace('checkpoint-every = "10m"', 'checkpoint-every = "100"'))
+    (folder / "tmp").mkdir()
+    pods = Pods(job, {"/data": str(data), "/etc/mfdist": str(config), "/tmp": str(folder / "tmp")}, folder)
+    run = data / "runs/advanced"
+    disrupted: set[int] = set()
+
+    def killer() -> None:
+        while not list(run.glob("checkpoints/*/COMMIT")) and not over.is_set():
+            over.wait(0.05)
+        disrupted.add(kill)
+        pods.kill(kill)
+
+    over = threading.Event()
+    thread = threading.Thread(target=killer)
+    with pods.network():
+        if kill is not None:
+            thread.start()
+        try:
+            verdict = pods.control(400, disrupted)
+        finally:
+            over.set()
+            if kill is not None:
+                thread.join()
+    return pods, verdict, run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_killed_pod_is_replaced_and_the_run_ends_complete_and_correct(tmp_path: Path, victim: int) -> None:
+    for name in ("plain", "killed"):
+        (tmp_path / name).mkdir()
+    _, verdict, plain = run_pods(tmp_path / "plain", None)
+    assert verdict == "Complete", logs(tmp_path / "plain")
+    pods, verdict, run = run_pods(tmp_path / "killed", victim)
+    assert verdict == "Complete", logs(tmp_path / "killed")
+    assert pods.starts[victim] >= 2 and (victim, 0) in pods.codes
+    reports = [json.loads((path / "report.json").read_text()) for path in (plain, run)]
+    assert [report["world_size"] for report in reports] == [3, 3]
+    assert reports[0]["final"] == reports[1]["final"]
+    assert [epoch["epoch"] for epoch in reports[1]["epochs"]] == [epoch["epoch"] for epoch in reports[0]["epochs"]]
+
+
+@pytest.mark.slow
+def test_a_bad_configuration_fails_the_job_at_once(tmp_path: Path) -> None:
+    pods, verdict, _ = run_pods(tmp_path, None, settings="no-such-key = 1\n")
+    assert verdict == "Failed"
+    assert pods.codes[0][1] == 2
+
+
+def logs(folder: Path) -> str:
+    return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in sorted(folder.glob("pod-*.log")))

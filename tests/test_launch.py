@@ -204,6 +204,12 @@ def test_threads_are_shared_out(worker: str, tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "rank0-omp5").exists()
 
 
+def test_the_jobs_flags_are_not_taken_for_torchruns(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys; sys.exit(sys.argv[1:] != ['--run', 'r', '--max', '1'])")
+    assert launch.main(["--standalone", "--nproc-per-node=1", str(script), "--run", "r", "--max", "1"]) == 0
+
+
 def test_usable_cores_is_within_the_affinity() -> None:
     assert 1 <= launch.usable_cores() <= len(os.sched_getaffinity(0))
 
