@@ -1,7 +1,7 @@
 """Write the top items of users as Parquet: user_id, item_id, rank, score.
 
 python jobs/recommend.py --run runs/advanced --out recommendations.parquet
-torchrun --nproc_per_node=4 jobs/recommend.py --run runs/advanced --exclude-seen --out recommendations.parquet
+python -m mfdist.launch --nproc_per_node=4 jobs/recommend.py --run runs/advanced --exclude-seen --out best.parquet
 python jobs/recommend.py --run runs/advanced --users users.txt --top-k 20 --out few.parquet
 """
 

@@ -45,7 +45,7 @@ def rmse(sse: float, rows: float) -> float | None:
 
 def mae(sae: float, rows: float) -> float | None:
     """Mean absolute error; None of no rows."""
-    return sae / rows if rows else None
+    return float(sae / rows) if rows else None
 
 
 class SliceSums:
