@@ -8,6 +8,7 @@ two a column, and the slices of sixteen steps follow one another in the unit.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,6 +36,34 @@ class Piece(NamedTuple):
     rows: int
 
 
+class Pool:
+    """Memory used again: the page faults of fresh memory cost as much as the copy. At most ``keep_bytes`` wait."""
+
+    def __init__(self, keep_bytes: int) -> None:
+        self._keep_bytes = keep_bytes
+        self._waiting_bytes = 0
+        self._free: dict[int, list[npt.NDArray[np.uint8]]] = {}
+        self._lock = threading.RLock()  # a collection inside may run another array's end
+
+    def take(self, rows: int, dtype: Any) -> npt.NDArray[Any]:
+        """An array whose memory comes back when it, and every tensor on it, is gone."""
+        size = 1 << max(12, (rows * np.dtype(dtype).itemsize - 1).bit_length())
+        with self._lock:
+            waiting = self._free.setdefault(size, [])
+            memory = waiting.pop() if waiting else None
+            self._waiting_bytes -= 0 if memory is None else size
+        memory = np.empty(size, np.uint8) if memory is None else memory
+        array = np.frombuffer(memory.data, dtype, rows)  # on a memoryview: views of the array keep the array itself
+        weakref.finalize(array, self._give, memory).atexit = False
+        return array
+
+    def _give(self, memory: npt.NDArray[np.uint8]) -> None:
+        with self._lock:
+            if self._waiting_bytes + memory.nbytes <= self._keep_bytes:
+                self._free[memory.nbytes].append(memory)
+                self._waiting_bytes += memory.nbytes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """What an epoch is made of. ``pieces``: of each of the rank's ``lanes``; ``read(i, unit)``: the decoded rows of a
@@ -49,6 +78,7 @@ class Source:
     block_rows: int
     user_dtype: Any
     item_dtype: Any
+    pool: Pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +113,7 @@ class EpochPlan:
             for index, turn in enumerate(self._turns)
         ]
         self._scratch = threading.local()
+        self._pool = source.pool
         rows_of_step = max(1, source.order.batch_size * len(source.lanes) // max(1, len(source.order.lane_rows)))
         self._steps = max(1, BLOCK_ROWS // rows_of_step)
         self.ahead = max(3, min(16, AHEAD_BYTES // (self._steps * rows_of_step * 12)))
@@ -138,7 +169,7 @@ class EpochPlan:
         shuffle.permute_into(order, np.uint64(key), source.block_rows)
         if source.stop_fraction:
             shuffle.compose(select(columns, source.seed, source.stop_fraction, stop=False), order)
-        permuted = [np.empty(rows, column.dtype) for column in columns[:3]]
+        permuted = [self._pool.take(rows, column.dtype) for column in columns[:3]]
         for given, target in zip(columns[:3], permuted, strict=True):
             shuffle.gather(given, order, target)
         unit.columns = Columns(*permuted)
@@ -148,7 +179,7 @@ class EpochPlan:
         starts = np.empty(cuts.shape[1], np.int64)
         where = shuffle.destinations(cuts, starts)
         types = (self._source.user_dtype, self._source.item_dtype, np.float32)
-        targets = [np.empty(starts[-1], dtype) for dtype in types]
+        targets = [self._pool.take(int(starts[-1]), dtype) for dtype in types]
         for index, units in enumerate(needed):
             for unit in units:
                 for given, target in zip(unit.columns[:3], targets, strict=True):

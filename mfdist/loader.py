@@ -28,13 +28,14 @@ import numpy.typing as npt
 import torch
 
 from mfdist import storage
-from mfdist.assembly import AssembledBlock, EpochPlan, Piece, Source, select
+from mfdist.assembly import AssembledBlock, EpochPlan, Piece, Pool, Source, select
 from mfdist.dataset import Dataset, FileEntry, checksum
 from mfdist.errors import DataError, UsageError
 from mfdist.prefetch import Prefetcher
 from mfdist.reading import Columns, Counters, Limits, RatingFile
 from mfdist.schedule import ORDER_VERSION, BatchOrder, lanes_of_rank
 
+POOL_BYTES = 256 << 20
 CHECKSUM_BYTES = 512 << 20
 """Up to this many bytes of local files a rank verifies their checksums before training; above, prepare --verify."""
 
@@ -107,7 +108,7 @@ class Loader:
         self._source = Source(
             order=self.order, lanes=self._lanes, pieces=self._pieces, read=self._columns, seed=seed,
             stop_fraction=stop_fraction, user_dtype=id_dtype(manifest.num_users),
-            item_dtype=id_dtype(manifest.num_items),
+            item_dtype=id_dtype(manifest.num_items), pool=Pool(POOL_BYTES),
             block_rows=int(manifest.extra.get("block_rows", 512)) if manifest.order == "blocks" else 0,
         )  # fmt: skip
         self.stats.resident = self._fits(memory_bytes, world_size)
@@ -215,7 +216,7 @@ class Loader:
             worst = max(largest, key=lambda piece: piece.unit.rows)
             raise DataError(
                 f"{worst.file.name}, row group {worst.unit.groups[0]} has {worst.unit.rows:,} rows; two such row "
-                f"groups per lane need {window / 2**30:.1f} GiB of the {free / 2**30:.1f} GiB free. Prepare the data again."
+                f"groups per lane need {window / 2**30:.1f} of {free / 2**30:.1f} GiB free. Prepare the data again."
             )
         limit = free // 4 if memory_bytes is None else memory_bytes
         return bool(row_bytes * rows <= limit)

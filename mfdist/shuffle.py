@@ -180,5 +180,8 @@ def scatter_slices(source: Any, target: Any, first: int, cuts: Any, where: Any) 
     for step in range(len(where)):
         low = max(cuts[step], first)
         high = min(cuts[step + 1], end)
-        for row in range(low, high):
-            target[where[step] + row - cuts[step]] = source[row - first]
+        if low < high:  # views from 0 on: an index that might be negative would keep the loop from being vectorised
+            start = where[step] + low - cuts[step]
+            given, place = source[low - first : high - first], target[start : start + high - low]
+            for row in range(len(given)):
+                place[row] = given[row]
