@@ -3,8 +3,8 @@
 
     python scripts/bench_loader.py [--rows 20000000] [--data DIR] [--threads 1] [--json FILE] [--peers]
 
-Rounds go through all systems in turn and the table shows the median of each, so that a busy machine hurts them alike; rows
-a CPU second (all threads) are what is left where others use the cores as well.
+Rounds go through all systems in turn and the table shows the median of each, so that a busy machine hurts all alike;
+the rows a CPU second (all threads) mean more where others use the cores as well.
 Without ``--data`` a dataset of random rows is written as prepare writes it. ``--peers`` adds Hugging Face datasets
 (``pip install datasets`` in an environment of its own).
 """
