@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -163,9 +164,9 @@ def make_plan(config: PrepareConfig, read: Ingest, groups: Groups, max_users: in
         alive = core(groups, all_items, config.min_user_ratings, config.min_item_ratings)
     if config.duplicates != "keep" or alive is not None:
         after_merge, kept_rows, present = 0, 0, np.zeros(all_items.hashes.size, np.bool_)
-        for rows in groups():
-            after_merge += rows["user"].size
-            rows = survivors(rows, all_items, alive, config.min_user_ratings)
+        for group in groups():
+            after_merge += group["user"].size
+            rows = survivors(group, all_items, alive, config.min_user_ratings)
             kept_rows += rows["user"].size
             present[all_items.rows(rows["item"])] = True
         merged_rows = read.rows.rows - after_merge
@@ -298,7 +299,7 @@ def numbered(rows: Arrays, ids: Ids, users: Vocabulary, borders: Any, totals: To
 def lane_spans(lanes: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
     """(first, end) of every run of equal lanes."""
     edges = [0, *(np.flatnonzero(np.diff(lanes)) + 1).tolist(), lanes.size]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 class Vocabulary:
@@ -315,11 +316,16 @@ class Vocabulary:
             edges, content = ids.take(places[first : first + (1 << 22)])
             number = edges.size - 1
             text = pa.LargeStringArray.from_buffers(number, pa.py_buffer(edges), pa.py_buffer(content))
-            rows = np.arange(self._row, self._row + number)
-            columns = [pa.array(rows), text.cast(pa.string()), pa.array(ratings[first : first + number])]
-            self._held.append(pa.Table.from_arrays(columns, schema=VOCABULARY_SCHEMA))
-            self._row += number
-            self._held_rows += number
+            self.write_texts(text, ratings[first : first + number])
+
+    def write_texts(self, text: Any, ratings: npt.NDArray[np.int64]) -> None:
+        """Ids (an Arrow string array), numbered on, with their training ratings."""
+        number = len(text)
+        rows = pa.array(np.arange(self._row, self._row + number))
+        columns = [rows, text.cast(pa.string()), pa.array(ratings)]
+        self._held.append(pa.Table.from_arrays(columns, schema=VOCABULARY_SCHEMA))
+        self._row += number
+        self._held_rows += number
         whole = self._held_rows // VOCABULARY_GROUP * VOCABULARY_GROUP
         if whole:
             table = pa.concat_tables(self._held)
@@ -334,9 +340,10 @@ class Vocabulary:
 
 
 @contextmanager
-def vocabulary_file(root: str, side: str, scratch: str) -> Iterator[Vocabulary]:
+def vocabulary_file(root: str, side: str, scratch: str, suffix: str = "") -> Iterator[Vocabulary]:
+    """``side``.parquet (and ``suffix``) to be written; complete when the context ends."""
     options = {"use_dictionary": False, "write_statistics": True}
-    with ParquetFile(root, f"{side}.parquet", VOCABULARY_SCHEMA, scratch, **options) as file:
+    with ParquetFile(root, f"{side}.parquet{suffix}", VOCABULARY_SCHEMA, scratch, **options) as file:
         yield Vocabulary(file)
 
 
@@ -417,6 +424,7 @@ def make_manifest(config: PrepareConfig, read: Ingest, plan: Plan, totals: Total
     cold_items = counts.train == 0
     extra = {"block_rows": BLOCK_ROWS, "hash_version": HASH_VERSION, "salt": read.rules.salt, "request": request,
              "time_unit": time_unit(read.time_range[1]), "synthetic": is_synthetic(read),
+             "explicit_scale": config.rating_scale is not None,
              "cold": {"cold_user": totals.cold_user_val, "cold_item": int(counts.val[cold_items].sum()),
                       "cold_both": int(counts.val_of_cold[cold_items].sum())}}  # fmt: skip
     return Manifest(

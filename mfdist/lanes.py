@@ -147,10 +147,14 @@ class LaneFacts:
     days: dict[int, int] = field(default_factory=dict)
 
     def add(self, other: LaneFacts) -> None:
-        for mine, theirs in ((self.train_values, other.train_values), (self.val_values, other.val_values),
-                             (self.days, other.days)):  # fmt: skip
-            for key, count in theirs.items():
-                mine[key] = mine.get(key, 0) + count  # type: ignore[index, call-overload]
+        _add_counts(self.train_values, other.train_values)
+        _add_counts(self.val_values, other.val_values)
+        _add_counts(self.days, other.days)
+
+
+def _add_counts(mine: dict[Any, int], theirs: dict[Any, int]) -> None:
+    for key, count in theirs.items():
+        mine[key] = mine.get(key, 0) + count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +182,7 @@ class LaneWriter:
             table = dict(zip(values.tolist(), counts.tolist(), strict=True))
             (facts.train_values if split == "train" else facts.val_values).update(table)
             if self.has_time:
-                _add_days(facts.days, chosen["time"] // (DAY_SECONDS * self.time_unit))
+                add_days(facts.days, chosen["time"] // (DAY_SECONDS * self.time_unit))
             if sizes[-1]:
                 entries.append(self._file(f"{split}/lane-{lane:05d}{self.suffix}.parquet", chosen))
         return lane, entries, (sizes[0], sizes[1]), facts
@@ -216,7 +220,8 @@ def _mixed(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return np.array([mix(np.uint64(key ^ np.uint64(0x5BD1E995))) for key in keys], np.uint64)
 
 
-def _add_days(days: dict[int, int], values: npt.NDArray[np.int64]) -> None:
+def add_days(days: dict[int, int], values: npt.NDArray[np.int64]) -> None:
+    """Count days (since 1970) into ``days``."""
     if values.size == 0:
         return
     low, high = int(values.min()), int(values.max())

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from mfdist import storage
 from mfdist.errors import DataError, UsageError
-from mfdist.sources import Reopened, Source, Text, check_text
+from mfdist.sources import Source, Text, check_text
 
 ROLES = ("user_id", "item_id", "rating", "timestamp")
 NAMES = {

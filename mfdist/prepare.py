@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from mfdist import storage
@@ -30,6 +30,8 @@ from mfdist.readers import Rules
 from mfdist.sources import Source, find_sources
 
 MAX_SALTS = 4
+
+__all__ = ["PrepareConfig", "prepare", "prepare_frame"]
 
 
 def prepare(config: PrepareConfig, console: Console | None = None) -> Dataset:
@@ -46,9 +48,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Dataset:
     for source, layout in zip(sources, layouts, strict=True):
         console.info(f"{source.shown}: {layout.name}")
     if config.append:
-        from mfdist.append import append
-
-        return append(config, sources, layouts, console)
+        return _appended(config, sources, layouts, console)
     request = {"settings": _settings(config), "files": [[s.shown, s.bytes, s.val] for s in sources]}
     finished = _already(config, request, console)
     return finished or _prepared(config, sources, layouts, request, console)
@@ -80,7 +80,9 @@ def _pandas_table(frame: Any) -> Any:
 
 
 def _verified(path: str, console: Console) -> Dataset:
-    dataset = Dataset.open(path)
+    from mfdist.append import open_finished
+
+    dataset = open_finished(path)
     faults = list(verify(dataset))
     for fault in faults:
         console.info(fault)
@@ -89,6 +91,36 @@ def _verified(path: str, console: Console) -> Dataset:
                         f"manifest says; the first: {faults[0]}. Prepare it again.")  # fmt: skip
     console.info(f"{storage.redact(path)}: {len(dataset.manifest.files)} files are what the manifest says")
     return dataset
+
+
+def _appended(
+    config: PrepareConfig, sources: Sequence[Source | FrameSource], layouts: list[Layout], console: Console
+) -> Dataset:
+    from mfdist.append import append, check_append, open_finished
+
+    dataset = open_finished(config.target)
+    check_append(config, dataset.manifest)
+    known = {source["fingerprint"] for source in dataset.manifest.sources}
+    if known.issuperset(_fingerprints(config)):
+        console.info(f"{storage.redact(config.target)} holds these files already")
+        return dataset
+    if dataset.manifest.has_timestamp and not all(layout.has_time for layout in layouts):
+        raise UsageError("the dataset has timestamps and a source has none: they cannot be appended.")
+    if not dataset.manifest.has_timestamp:
+        layouts = [
+            replace(layout, columns=(*layout.columns[:3], -1 if layout.kind == "delimited" else ""))
+            for layout in layouts
+        ]
+    if dataset.manifest.extra["explicit_scale"]:
+        config = replace(config, rating_scale=config.rating_scale or dataset.manifest.rating_scale)
+    scratch = scratch_folder(config.target)
+    try:
+        read = read_sources(config, sources, layouts, int(dataset.manifest.extra["salt"]), scratch, console)
+        return append(config, dataset, read, scratch, console)
+    except HashCollision:
+        raise DataError("two new ids have one hash under the dataset's; prepare all files together.") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
@@ -104,9 +136,8 @@ def _already(config: PrepareConfig, request: dict[str, Any], console: Console) -
     if config.overwrite:
         return None
     dataset = Dataset.open(config.target)
-    if dataset.manifest.extra.get("request") != request or not all(
-        s["fingerprint"] == f for s, f in zip(dataset.manifest.sources, _fingerprints(config), strict=True)
-    ):
+    prints = [source["fingerprint"] for source in dataset.manifest.sources]
+    if dataset.manifest.extra.get("request") != request or prints != _fingerprints(config):
         raise UsageError(
             f"{storage.redact(config.target)} holds a dataset of other files or settings; choose another --out, or "
             "replace it with --overwrite."
@@ -173,7 +204,7 @@ def read_sources(
     with_time = all(layout.has_time for layout in layouts)
     if not with_time and any(layout.has_time for layout in layouts):
         console.info("not every source has timestamps: they are left out")
-    if not with_time and config.split in ("last-n", "time") and not config.val:
+    if not config.append and not with_time and config.split in ("last-n", "time") and not config.val:
         raise UsageError(f"--split {config.split} needs timestamps, and the sources have none.")
     rules = Rules(salt, config.rating_scale, with_time)
     read = ingest(sources, layouts, rules, scratch, config.memory, console)

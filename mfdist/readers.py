@@ -84,11 +84,11 @@ def chunks(source: Source, layout: Layout) -> Iterator[Any]:
 def parse(piece: Any, layout: Layout, rules: Rules) -> Block:
     """One piece as a block; runs in any thread."""
     if layout.kind == "delimited":
-        block = _parse_delimited(*piece, layout, rules)
+        block = _parse_delimited(piece[0], piece[1], piece[2], layout, rules)
     elif layout.kind == "json":
-        block = _parse_json(*piece, layout, rules)
+        block = _parse_json(piece[0], piece[1], layout, rules)
     else:
-        block = _parse_table(*piece, layout, rules)
+        block = _parse_table(piece[0], piece[1], layout, rules)
     for side in range(2):
         first, second = (np.empty(block.rating.size, np.uint64) for _ in range(2))
         hash_ids(block.content, block.start[side], block.length[side], np.uint64(rules.salt), first, second)
@@ -224,7 +224,7 @@ def _judge(rating: npt.NDArray[np.float64], good: npt.NDArray[np.bool_], rules: 
 # JSON lines ---------------------------------------------------------------------------------------
 
 
-def _parse_json(content: bytes, packed: int, header: bool, layout: Layout, rules: Rules) -> Block:
+def _parse_json(content: bytes, packed: int, layout: Layout, rules: Rules) -> Block:
     ids: tuple[list[bytes], list[bytes]] = ([], [])
     ratings: list[float] = []
     times: list[int] = []

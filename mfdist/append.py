@@ -1,0 +1,411 @@
+"""A dataset that grows: ``--append`` adds files, ``--compact`` merges what appends have left.
+
+Known ids keep their rows, so that a model of the old dataset can go on with the new one. New users are numbered after
+all others, lane by lane in hash order, each lane getting what it lacks of an even share; new items after all others.
+The split's rule applies to the added rows alone; so do duplicates. The added rows and 24 bytes an id must fit
+``--memory``.
+
+Old files are never written over. What replaces them waits beside them as NAME.next; when all of it is there
+``dataset.json.next`` is written, and from then on a job that was killed is finished by the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mfdist import storage
+from mfdist.assemble import (
+    GROUP_ROWS,
+    INT32_ROWS,
+    Groups,
+    ItemCounts,
+    check_memory,
+    group_bounds,
+    named_pair,
+    rating_facts,
+    say_totals,
+    vocabulary_file,
+)
+from mfdist.dataset import MANIFEST, Dataset, FileEntry, Lane, Manifest, fingerprint
+from mfdist.dataset_report import write_dataset_report
+from mfdist.errors import DataError, UsageError
+from mfdist.ids import HashCollision, RowTable, hash_ids
+from mfdist.ingest import REJECTED_SCHEMA, Ingest
+from mfdist.lanes import DAY_SECONDS, LaneFacts, LaneWriter, ParquetFile, add_days, lanes_of_users
+from mfdist.log import Console
+from mfdist.prepare_config import PrepareConfig
+from mfdist.spill import Arrays, Ids, sorted_ids
+from mfdist.split import Duplicates, SplitRule, choose, fates, occurrences, time_cut
+
+NEXT = ".next"
+REPLACED = ("users.parquet", "items.parquet", "rejected.parquet")
+Counts = npt.NDArray[np.int64]
+
+
+def open_finished(root: str) -> Dataset:
+    """Open a dataset to change it, after finishing or clearing away what a killed job has left."""
+    pending = storage.join(root, MANIFEST + NEXT)
+    if storage.exists(pending):
+        roll_forward(root)
+    dataset = Dataset.open(root)
+    for name in REPLACED:
+        storage.remove(storage.join(root, name + NEXT))
+    return dataset
+
+
+def roll_forward(root: str) -> None:
+    """Put what waits as NAME.next in its place, the manifest last."""
+    text = storage.read_text(storage.join(root, MANIFEST + NEXT))
+    for name in REPLACED:
+        waiting = storage.join(root, name + NEXT)
+        if storage.exists(waiting):
+            fs, inner = storage.filesystem(waiting)
+            fs.mv(inner, inner.removesuffix(NEXT))
+    storage.write_text(storage.join(root, MANIFEST), text)
+    storage.remove(storage.join(root, MANIFEST + NEXT))
+
+
+def commit(root: str, manifest: Manifest) -> Dataset:
+    """Make ``manifest`` the dataset's; every file it names is there, some as NAME.next."""
+    storage.write_text(storage.join(root, MANIFEST + NEXT), manifest.to_json())
+    roll_forward(root)
+    return Dataset.open(root)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Users or items after an append: rows of the known, and of the new in the order of their hashes."""
+
+    known_hashes: npt.NDArray[np.uint64]  # sorted
+    known_rows: Counts
+    new: Ids
+
+    def rows(self, hashes: Any, new_rows: Counts) -> Counts:
+        """Row of every hash; ``new_rows`` are those of ``new``."""
+        known = RowTable(self.known_hashes).rows(hashes)
+        fresh = RowTable(self.new.hashes).rows(hashes)
+        assert bool(np.all((known < 0) != (fresh < 0)))
+        out = np.empty(hashes.size, np.int64)
+        out[known >= 0] = self.known_rows[known[known >= 0]]
+        out[fresh >= 0] = new_rows[fresh[fresh >= 0]]
+        return out
+
+
+def compare(dataset: Dataset, side: str, ids: Ids, salt: int) -> Side:
+    """Which of ``ids`` the dataset knows, by hash and by their text."""
+    column = dataset.ids(side).cast(pa.large_string()).combine_chunks()
+    text = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+    edges = np.frombuffer(text.buffers()[1], np.int64)[text.offset : text.offset + len(text) + 1]
+    content = np.frombuffer(text.buffers()[2], np.uint8)
+    length = np.diff(edges)
+    hashes, second = np.empty(length.size, np.uint64), np.empty(length.size, np.uint64)
+    hash_ids(content, edges[:-1], length, np.uint64(salt), hashes, second)
+    try:  # known and new ids together: two texts with one hash are found here
+        together = np.concatenate([content, ids.content])
+        starts = np.concatenate([edges[:-1], ids.edges[:-1] + content.size])
+        sorted_ids(np.concatenate([hashes, ids.hashes]), starts, np.concatenate([length, np.diff(ids.edges)]), together)
+    except HashCollision:
+        raise DataError(
+            f"{storage.redact(dataset.path)}: a new id has the hash of a known one, so it cannot be appended; prepare "
+            "all files together."
+        ) from None
+    order = np.argsort(hashes)
+    fresh = np.flatnonzero(~np.isin(ids.hashes, hashes))
+    new_edges, new_content = ids.take(fresh)
+    return Side(hashes[order], order, Ids(ids.hashes[fresh], new_edges, new_content))
+
+
+def append(config: PrepareConfig, dataset: Dataset, read: Ingest, scratch: str, console: Console) -> Dataset:
+    """Add the rows of ``read`` to ``dataset``."""
+    manifest, root = dataset.manifest, dataset.path
+    check_memory(read.rows.rows, 2 * config.memory, "the append", "--memory, or append fewer files at a time")
+    counts = read.rows.finish()
+    for ids in read.ids:
+        ids.finish()
+    salt = int(manifest.extra["salt"])
+    users, items = (compare(dataset, side, ids.read(), salt) for side, ids in zip(("users", "items"), read.ids,
+                                                                                   strict=True))  # fmt: skip
+    groups = Groups(read, config.duplicates, group_bounds(counts, GROUP_ROWS), os.cpu_count() or 1)
+    try:
+        parts = list(groups())
+    except Duplicates as pair:
+        raise DataError(named_pair(read, pair)) from None
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    rows = choose(rows, split_rule(config, manifest, rows, read))
+    new_lane = lanes_of_new(manifest, rows["user"], users.new.hashes)
+    rows["item"] = items.rows(rows["item"], manifest.num_items + np.arange(len(items.new)))
+    rows["user"] = users.rows(rows["user"], manifest.num_users + np.arange(len(users.new)))
+    lanes = with_new_ranges(manifest, new_lane)
+    lanes, files, added = write_added(config, manifest, root, lanes, rows, len(users.new), scratch)
+    grown = grow(manifest, read, lanes, files, users, items, rows["user"].size)
+    num_old = sum(manifest.num_ratings.values())
+    assert read.num_in == sum(added) + read.num_rejected + (grown.merged - manifest.merged)
+    assert sum(grown.num_ratings.values()) == num_old + sum(added)
+    say_totals(replace(grown, num_ratings={"train": added[0], "val": added[1]}, filtered=0,
+                       merged=grown.merged - manifest.merged, rejected=read.rejected), read, console)  # fmt: skip
+    return finish(dataset, grown, (users.new, items.new), read.rejected_path, scratch)
+
+
+def split_rule(config: PrepareConfig, manifest: Manifest, rows: Arrays, read: Ingest) -> SplitRule:
+    """The dataset's own rule; files given as ``--val`` validate, and everything added beside them trains."""
+    split = manifest.split
+    kind = "given" if config.val else split["kind"]
+    cut = time_cut(lambda: [rows], *read.time_range, split["fraction"]) if kind == "time" else 0
+    return SplitRule(kind=kind, fraction=split["fraction"], seed=split["seed"], last=split.get("last", 1), time_cut=cut)
+
+
+def lanes_of_new(manifest: Manifest, user: Any, new: Any) -> Counts:
+    """Lane of every new user (in hash order): each lane is filled up to an even share of all ratings."""
+    places = RowTable(new).rows(user)
+    counts = np.bincount(places[places >= 0], minlength=new.size)
+    have = np.array([lane.train_rows + lane.val_rows for lane in manifest.lanes], np.float64)
+    level, total = have.min(), float(counts.sum())
+    for height in np.sort(have):  # pour the new ratings in, like water
+        if np.maximum(height - have, 0).sum() > total:
+            break
+        level = height
+    below = have <= level
+    level += (total - np.maximum(level - have, 0).sum()) / below.sum()
+    borders = np.cumsum(np.maximum(level - have, 0))
+    return lanes_of_users(counts, 0, borders)
+
+
+def with_new_ranges(manifest: Manifest, new_lane: Counts) -> list[Lane]:
+    """The lanes with one more range of user rows where they get new users."""
+    edges = manifest.num_users + np.searchsorted(new_lane, np.arange(len(manifest.lanes) + 1))
+    ranges = [((int(a), int(b)),) if b > a else () for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [
+        replace(lane, user_ranges=lane.user_ranges + more) for lane, more in zip(manifest.lanes, ranges, strict=True)
+    ]
+
+
+def lane_of_rows(lanes: Sequence[Lane], user: Counts) -> Counts:
+    """The lane of every user row."""
+    ranges = sorted((first, number) for number, lane in enumerate(lanes) for first, _ in lane.user_ranges)
+    firsts = np.array([first for first, _ in ranges])
+    return np.array([number for _, number in ranges])[np.searchsorted(firsts, user, side="right") - 1]
+
+
+def lane_writer(config_order: str, manifest: Manifest, root: str, scratch: str, suffix: str, most: int) -> LaneWriter:
+    return LaneWriter(root=root, scratch=scratch, order=config_order, seed=manifest.split["seed"],
+                      has_time=manifest.has_timestamp, wide_ids=most > INT32_ROWS, num_lanes=len(manifest.lanes),
+                      suffix=suffix, time_unit=manifest.extra["time_unit"])  # fmt: skip
+
+
+def write_added(config: PrepareConfig, manifest: Manifest, root: str, lanes: list[Lane], rows: Arrays, num_new: int,
+                scratch: str) -> tuple[list[Lane], list[FileEntry], tuple[int, int]]:  # fmt: skip
+    """Write the added rows lane by lane; (lanes, new files, (train, val) rows added)."""
+    number = manifest.extra.get("appends", 0) + 1
+    writer = lane_writer(manifest.order, manifest, root, scratch, f".append-{number:03d}", manifest.num_users + num_new)
+    lane = lane_of_rows(lanes, rows["user"])
+    order = np.lexsort((rows["user"], lane))
+    edges = np.searchsorted(lane[order], np.arange(len(lanes) + 1))
+    wanted = [name for name in ("user", "item", "rating", "is_val", "key", "time") if name in rows]
+    files: list[FileEntry] = []
+    train = val = 0
+    for place, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        if first == end:
+            continue
+        _, entries, sizes, _ = writer.write(place, [{name: rows[name][order[first:end]] for name in wanted}])
+        files += entries
+        train, val = train + sizes[0], val + sizes[1]
+        old = lanes[place]
+        lanes[place] = replace(old, train_rows=old.train_rows + sizes[0], val_rows=old.val_rows + sizes[1],
+                               files=old.files + tuple(entry.path for entry in entries))  # fmt: skip
+    return lanes, files, (train, val)
+
+
+def grow(manifest: Manifest, read: Ingest, lanes: list[Lane], files: list[FileEntry], users: Side, items: Side,
+         kept: int) -> Manifest:  # fmt: skip
+    """The manifest with the append's counts; figures and whole-dataset files follow in :func:`finish`."""
+    rejected = dict(manifest.rejected)
+    for reason, count in read.rejected.items():
+        rejected[reason] = rejected.get(reason, 0) + count
+    return replace(
+        manifest, num_users=manifest.num_users + len(users.new), num_items=manifest.num_items + len(items.new),
+        lanes=tuple(lanes), files=manifest.files + tuple(files), sources=manifest.sources + read.sources,
+        num_ratings={"train": sum(x.train_rows for x in lanes), "val": sum(x.val_rows for x in lanes)},
+        rejected=rejected, merged=manifest.merged + read.rows.rows - kept,
+        extra={**manifest.extra, "request": None, "appends": manifest.extra.get("appends", 0) + 1},
+    )  # fmt: skip
+
+
+def ordered_files(manifest: Manifest) -> list[FileEntry]:
+    """The lanes' files in lane order."""
+    entries = {entry.path: entry for entry in manifest.files}
+    return [entries[name] for lane in manifest.lanes for name in lane.files]
+
+
+@dataclass
+class Survey:
+    """What all rows of a dataset add up to."""
+
+    facts: LaneFacts
+    items: ItemCounts
+    user_train: Counts
+    user_all: Counts
+    cold_user_val: int
+
+
+def survey(root: str, manifest: Manifest) -> Survey:
+    """Read every lane file once. Needs 16 bytes a user and 24 an item."""
+    found = Survey(LaneFacts(), ItemCounts.zeros(manifest.num_items), *(np.zeros(manifest.num_users, np.int64)
+                                                                       for _ in range(2)), 0)  # fmt: skip
+    files = sorted(ordered_files(manifest), key=lambda entry: not entry.path.startswith("train/"))
+    for entry in files:
+        is_val = entry.path.startswith("val/")
+        rows = read_rows(root, entry, manifest)
+        found.user_all += np.bincount(rows["user"], minlength=manifest.num_users)
+        values = dict(zip(*(x.tolist() for x in np.unique(rows["rating"], return_counts=True)), strict=True))
+        found.facts.add(LaneFacts({} if is_val else values, values if is_val else {}))
+        if manifest.has_timestamp:
+            add_days(found.facts.days, rows["time"] // (DAY_SECONDS * manifest.extra["time_unit"]))
+        if is_val:  # every training file was counted before
+            cold = found.user_train[rows["user"]] == 0
+            found.cold_user_val += int(np.count_nonzero(cold))
+            found.items.val += np.bincount(rows["item"], minlength=manifest.num_items)
+            found.items.val_of_cold += np.bincount(rows["item"][cold], minlength=manifest.num_items)
+        else:
+            found.user_train += np.bincount(rows["user"], minlength=manifest.num_users)
+            found.items.train += np.bincount(rows["item"], minlength=manifest.num_items)
+    return found
+
+
+def read_rows(root: str, entry: FileEntry, manifest: Manifest) -> Arrays:
+    """One lane file as columns 'user', 'item' (int64), 'rating' and maybe 'time'."""
+    fs, inner = storage.arrow_filesystem(storage.join(root, entry.path))
+    with pq.ParquetFile(inner, filesystem=fs) as file:
+        table = file.read()
+    rows = {name: table.column(name).to_numpy() for name in ("user", "item", "rating")}
+    rows = {name: values.astype(np.int64) if name != "rating" else values for name, values in rows.items()}
+    return {**rows, "time": table.column("timestamp").to_numpy()} if manifest.has_timestamp else rows
+
+
+def finish(dataset: Dataset, grown: Manifest, new: tuple[Ids, Ids], rejected: str, scratch: str) -> Dataset:
+    """Survey, vocabulary, refused rows, report, manifest."""
+    root, old = dataset.path, dataset.manifest
+    found = survey(root, grown)
+    others = [
+        write_vocabulary(dataset, "users", new[0], found.user_train, scratch),
+        write_vocabulary(dataset, "items", new[1], found.items.train, scratch),
+        write_all_rejected(root, rejected, scratch),
+    ]
+    kept = [entry for entry in grown.files if entry.path not in REPLACED]
+    cold_items = found.items.train == 0
+    scale = tuple(old.rating_scale) if (old.extra.get("explicit_scale")) else None
+    extra = {**grown.extra, "cold": {
+        "cold_user": found.cold_user_val, "cold_item": int(found.items.val[cold_items].sum()),
+        "cold_both": int(found.items.val_of_cold[cold_items].sum())}}  # fmt: skip
+    grown = replace(grown, files=(*kept, *others), extra=extra, **rating_facts(found.facts, scale))  # type: ignore[arg-type]
+    in_order = ordered_files(grown)
+    val = fingerprint([e.checksum for e in in_order if e.path.startswith("val/")])
+    grown = replace(grown, fingerprint=fingerprint([e.checksum for e in in_order]),
+                    split={**grown.split, "fingerprint": val})  # fmt: skip
+    activity, number = np.unique(found.user_all, return_counts=True)
+    by_activity = {int(a): int(n) for a, n in zip(activity, number, strict=True) if a}
+    write_dataset_report(root, grown, by_activity, found.items.train, found.facts.days)
+    return commit(root, grown)
+
+
+def write_vocabulary(dataset: Dataset, side: str, new: Ids, counts: Counts, scratch: str) -> FileEntry:
+    """users.parquet.next: the old ids and the new ones, with the new counts."""
+    with vocabulary_file(dataset.path, side, scratch, NEXT) as vocabulary:
+        text = dataset.ids(side)
+        vocabulary.write_texts(text, counts[: len(text)])
+        vocabulary.write(new, np.arange(len(new)), counts[len(text) :])
+        vocabulary.flush()
+    return replace(vocabulary.file.done, path=f"{side}.parquet")
+
+
+def write_all_rejected(root: str, added: str, scratch: str) -> FileEntry:
+    with ParquetFile(root, "rejected.parquet" + NEXT, REJECTED_SCHEMA, scratch + "/out") as file:
+        for path in (storage.join(root, "rejected.parquet"), added):
+            fs, inner = storage.arrow_filesystem(path)
+            with pq.ParquetFile(inner, filesystem=fs) as found:
+                for batch in found.iter_batches():
+                    file.write(pa.Table.from_batches([batch]))
+    return replace(file.done, path="rejected.parquet")
+
+
+def compact(root: str, memory: int, console: Console) -> Dataset:
+    """Merge each lane's files into one a split, in one random order; ids keep their rows, and no rating changes."""
+    dataset = open_finished(root)
+    manifest = dataset.manifest
+    if all(len(lane.files) <= 2 for lane in manifest.lanes) and not any(
+        "append-" in f for x in manifest.lanes for f in x.files
+    ):
+        console.info(f"{storage.redact(root)} has no appended files")
+        return dataset
+    check_memory(max(x.train_rows + x.val_rows for x in manifest.lanes), memory, "a lane", "--memory")
+    number = manifest.extra.get("compactions", 0) + 1
+    scratch = (
+        os.path.join(storage.local_path(root), ".scratch") if storage.is_local(root) else f".scratch-{os.getpid()}"
+    )
+    os.makedirs(scratch, exist_ok=True)
+    try:
+        writer = lane_writer(manifest.order, manifest, root, scratch, f".compact-{number:03d}", manifest.num_users)
+        lanes, files = [], []
+        for place, lane in enumerate(manifest.lanes):
+            rows = lane_rows(dataset, place)
+            entries = writer.write(place, [rows])[1] if rows["user"].size else []
+            files += entries
+            lanes.append(replace(lane, files=tuple(entry.path for entry in entries)))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    others = [entry for entry in manifest.files if entry.path in REPLACED]
+    val = fingerprint([e.checksum for e in files if e.path.startswith("val/")])
+    result = commit(root, replace(manifest, lanes=tuple(lanes), files=(*files, *others),
+                                  fingerprint=fingerprint([e.checksum for e in files]),
+                                  split={**manifest.split, "fingerprint": val},
+                                  extra={**manifest.extra, "compactions": number}))  # fmt: skip
+    for entry in ordered_files(manifest):
+        storage.remove(dataset.file_path(entry))
+    console.info(f"{storage.redact(root)}: {len(manifest.files) - 3} lane files became {len(files)}")
+    return result
+
+
+def lane_rows(dataset: Dataset, lane: int) -> Arrays:
+    """All rows of a lane, sorted by user, with the keys of an order of its own."""
+    parts = []
+    for split in ("train", "val"):
+        for entry in dataset.lane_files(split, lane):
+            rows = read_rows(dataset.path, entry, dataset.manifest)
+            parts.append({**rows, "is_val": np.full(entry.rows, split == "val")})
+    if not parts:
+        return {"user": np.zeros(0, np.int64)}
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    keys = (rows["rating"], *((rows["time"],) if "time" in rows else ()), rows["item"], rows["is_val"], rows["user"])
+    order = np.lexsort(keys)
+    rows = {name: values[order] for name, values in rows.items()}
+    user, item = rows["user"].astype(np.uint64), rows["item"].astype(np.uint64)
+    chance, key = np.empty(user.size, np.uint64), np.empty(user.size, np.uint64)
+    fates(
+        user,
+        item,
+        occurrences(user, rows["is_val"], item),
+        np.uint64(dataset.manifest.split["seed"] % 2**64),
+        chance,
+        key,
+    )
+    return {**rows, "key": key}
+
+
+def check_append(config: PrepareConfig, manifest: Manifest) -> None:
+    """UsageError where a flag asks for another rule than the dataset's."""
+    if config.min_user_ratings > 1 or config.min_item_ratings > 1:
+        raise UsageError("--append keeps all added rows: leave out --min-user-ratings and --min-item-ratings.")
+    asked = {"split": (config.split, manifest.split["kind"], "random"), "seed": (config.seed, manifest.split["seed"], 42),
+             "order": (config.order, manifest.order, "random"),
+             "lanes": (config.lanes, len(manifest.lanes), 0)}  # fmt: skip
+    for name, (value, own, default) in asked.items():
+        if value not in (own, default):
+            raise UsageError(f"--{name} {value}: the dataset was prepared with {own}, and --append keeps to that.")

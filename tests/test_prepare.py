@@ -1,0 +1,608 @@
+"""Prepare: every row is in the dataset once or accounted for, whatever the format, order or damage of the input."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mfdist import ids, prepare_frame, readers
+from mfdist.config import parse_config
+from mfdist.dataset import Dataset, verify
+from mfdist.errors import DataError, UsageError, exit_code_of
+from mfdist.prepare import PrepareConfig, prepare
+
+Row = tuple[Any, ...]
+ROOT = Path(__file__).parents[1]
+
+
+def run(*argv: Any) -> Dataset:
+    return prepare(parse_config(PrepareConfig, [str(a) for a in argv], "test"))
+
+
+def rows_of(dataset: Dataset, split: str | None = None) -> list[Row]:
+    """(user id, item id, rating[, time]) of every row."""
+    users, items = (dataset.ids(side).to_pylist() for side in ("users", "items"))
+    found = []
+    for entry in dataset.manifest.files:
+        folder = entry.path.split("/")[0]
+        if folder in ("train", "val") and split in (None, folder):
+            table = pq.read_table(dataset.file_path(entry))
+            assert table.num_rows == entry.rows and all(column.null_count == 0 for column in table.columns)
+            for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
+                found.append((users[row[0]], items[row[1]], *row[2:]))
+    return sorted(found)
+
+
+def files_of(dataset: Dataset) -> dict[str, str]:
+    return {entry.path: entry.checksum for entry in dataset.manifest.files if not entry.path.startswith("rejected")}
+
+
+def sample(n: int = 2000, users: int = 200, items: int = 60, seed: int = 0, repeats: bool = False) -> list[Row]:
+    rng = random.Random(seed)
+    pairs = [(u, i) for u in range(users) for i in range(items)]
+    chosen = [rng.choice(pairs) for _ in range(n)] if repeats else rng.sample(pairs, n)
+    return [(f"u{u:03d}", f"i{i}", float(rng.randint(1, 5)), rng.randint(10**9, 10**9 + 10**6)) for u, i in chosen]
+
+
+def write_csv(path: Path, rows: list[Row], sep: str = ",", header: str = "", end: str = "\n") -> Path:
+    path.write_text((header + end if header else "") + "".join(sep.join(map(str, r)) + end for r in rows), newline="")
+    return path
+
+
+def check_whole(dataset: Dataset) -> None:
+    """The directory is what its manifest and the contract say."""
+    m = dataset.manifest
+    assert list(verify(dataset)) == []
+    covered = sorted(r for lane in m.lanes for r in lane.user_ranges)
+    assert [a for a, _ in covered] == [0, *(b for _, b in covered[:-1])][: len(covered)]
+    assert not covered or covered[-1][1] == m.num_users
+    train = Counter(r[0] for r in rows_of(dataset, "train"))
+    assert [train[u] for u in dataset.ids("users").to_pylist()] == dataset.counts("users").tolist()
+    items = Counter(r[1] for r in rows_of(dataset, "train"))
+    assert [items[i] for i in dataset.ids("items").to_pylist()] == dataset.counts("items").tolist()
+    for number, lane in enumerate(m.lanes):
+        for split, expected in (("train", lane.train_rows), ("val", lane.val_rows)):
+            total = 0
+            for entry in dataset.lane_files(split, number):
+                user = pq.read_table(dataset.file_path(entry)).column("user").to_numpy()
+                assert all(any(a <= u < b for a, b in lane.user_ranges) for u in user)
+                total += user.size
+            assert total == expected
+    rejected = pq.read_table(os.path.join(dataset.path, "rejected.parquet"))
+    assert Counter(rejected.column("reason").to_pylist()) == Counter(m.rejected)
+    rows_in = sum(s["rows"] for s in m.sources)
+    assert rows_in == sum(m.num_ratings.values()) + rejected.num_rows + m.filtered + m.merged
+
+
+FORMATS = ["csv", "header", "crlf", "tsv", "dat", "gz", "bz2", "zst", "zip", "bom", "quoted", "json14", "json23",
+           "parquet", "no-end"]  # fmt: skip
+
+
+def write_as(kind: str, folder: Path, rows: list[Row]) -> Path:
+    plain = "".join(",".join(map(str, r)) + "\n" for r in rows).encode()
+    path = folder / f"ratings.{kind}"
+    if kind in ("csv", "no-end", "bom"):
+        path.write_bytes((b"\xef\xbb\xbf" * (kind == "bom")) + (plain.rstrip() if kind == "no-end" else plain))
+    elif kind == "header":
+        write_csv(path, [(r[1], r[3], r[0], r[2]) for r in rows], header="movieId,timestamp,userId,rating")
+    elif kind == "crlf":
+        write_csv(path, rows, end="\r\n")
+    elif kind in ("tsv", "dat"):
+        write_csv(path, rows, sep="\t" if kind == "tsv" else "::")
+    elif kind == "gz":
+        path.write_bytes(gzip.compress(plain[:5000]) + gzip.compress(plain[5000:]))  # two members
+    elif kind == "bz2":
+        path.write_bytes(bz2.compress(plain))
+    elif kind == "zst":
+        with pa.CompressedOutputStream(str(path), "zstd") as out:
+            out.write(plain)
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("ml/README", "about")
+            archive.writestr("ml/ratings.csv", plain)
+    elif kind == "quoted":
+        with open(path, "w", newline="") as out:
+            csv.writer(out, quoting=csv.QUOTE_ALL).writerows(rows)
+    elif kind == "json14":
+        keys = ("reviewerID", "asin", "overall", "unixReviewTime")
+        path.write_text("".join(json.dumps(dict(zip(keys, r, strict=True), reviewText="a\nb")) + "\n" for r in rows))
+    elif kind == "json23":
+        keys = ("user_id", "parent_asin", "rating", "timestamp")
+        path.write_text("".join(json.dumps(dict(zip(keys, r, strict=True), asin="X")) + "\n" for r in rows))
+    else:
+        pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp"], orient="row").write_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_same_dataset(kind: str, tmp_path: Path) -> None:
+    rows = sample()
+    dataset = run(write_as(kind, tmp_path, rows), "--out", tmp_path / "d", "--lanes", 4)
+    assert rows_of(dataset) == sorted(rows)
+    check_whole(dataset)
+    assert dataset.manifest.has_timestamp
+    reference = run(write_as("csv", tmp_path, rows), "--out", tmp_path / "r", "--lanes", 4)
+    assert files_of(dataset) == files_of(reference) and dataset.manifest.fingerprint == reference.manifest.fingerprint
+
+
+@pytest.mark.parametrize("order", ["random", "blocks"])
+@pytest.mark.parametrize("split", [["--split", "random"], ["--split", "last-n", "--last", "2"], ["--split", "time"]])
+@pytest.mark.parametrize("duplicates", ["keep", "last", "mean"])
+def test_order_files_and_chunks_do_not_matter(
+    order: str, split: list[str], duplicates: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = sample(n=3000, repeats=True)
+    flags = ["--lanes", "3", "--order", order, *split, "--duplicates", duplicates]
+    one = run(write_csv(tmp_path / "all.csv", rows), "--out", tmp_path / "one", *flags)
+    random.Random(1).shuffle(rows)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 777)
+    (tmp_path / "parts").mkdir()
+    for k in range(5):
+        write_csv(tmp_path / "parts" / f"{k}.csv", rows[k::5])
+    two = run(tmp_path / "parts", "--out", tmp_path / "two", *flags)
+    assert files_of(one) == files_of(two)
+    check_whole(two)
+
+
+def test_spilling_gives_the_same_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_csv(tmp_path / "all.csv", sample(n=6000, users=900))
+    one = run(source, "--out", tmp_path / "one", "--lanes", 7)
+    from mfdist import assemble, ingest
+    from mfdist.spill import IdSpill, RowSpill
+
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(ingest, "RowSpill", lambda folder, _: RowSpill(folder, 20_000))
+    monkeypatch.setattr(ingest, "IdSpill", lambda folder, name, _: IdSpill(folder, name, 2_000))
+    monkeypatch.setattr(ingest, "SeenIds", lambda _: ids.SeenIds(64))
+    monkeypatch.setattr(assemble, "group_bounds", lambda *_: [(k, k + 64) for k in range(0, 4096, 64)])
+    two = run(source, "--out", tmp_path / "two", "--lanes", 7)
+    assert files_of(one) == files_of(two)
+
+
+def test_splits(tmp_path: Path) -> None:
+    rows = sample(n=4000)
+    source = write_csv(tmp_path / "all.csv", rows)
+    by_time = run(source, "--out", tmp_path / "t", "--split", "time", "--val-fraction", 0.25)
+    assert max(r[3] for r in rows_of(by_time, "train")) < min(r[3] for r in rows_of(by_time, "val"))
+    assert by_time.manifest.num_ratings["val"] == pytest.approx(1000, abs=2)
+    last = run(source, "--out", tmp_path / "l", "--split", "last-n", "--last", 3)
+    newest: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda r: r[3]):
+        newest.setdefault(row[0], []).append(row)
+    times = Counter((r[0], r[3]) for r in rows_of(last, "val"))
+    assert times == Counter((r[0], r[3]) for own in newest.values() for r in own[1:][-3:])
+    hashed = run(source, "--out", tmp_path / "h")
+    assert abs(hashed.manifest.num_ratings["val"] - 800) < 4 * np.sqrt(4000 * 0.16)
+    other = run(source, "--out", tmp_path / "o", "--seed", 7)
+    assert rows_of(other, "val") != rows_of(hashed, "val")
+    train, val = write_csv(tmp_path / "a.csv", rows[:3000]), write_csv(tmp_path / "b.csv", rows[3000:])
+    given_ = run(train, "--val", val, "--out", tmp_path / "g")
+    assert rows_of(given_, "val") == sorted(rows[3000:]) and rows_of(given_, "train") == sorted(rows[:3000])
+    assert given_.manifest.split["kind"] == "given"
+
+
+def test_duplicates(tmp_path: Path) -> None:
+    rows = [("a", "x", 1.0, 5), ("a", "x", 4.0, 7), ("a", "x", 2.0, 7), ("b", "x", 3.0, 1)]
+    source = write_csv(tmp_path / "d.csv", rows)
+    flags = ["--val-fraction", 0, "--overwrite", "--out", tmp_path / "d"]
+    assert rows_of(run(source, *flags)) == sorted(rows)
+    assert rows_of(run(source, *flags, "--duplicates", "last")) == [("a", "x", 4.0, 7), ("b", "x", 3.0, 1)]
+    mean = run(source, *flags, "--duplicates", "mean")
+    assert rows_of(mean) == [("a", "x", pytest.approx(7 / 3), 7), ("b", "x", 3.0, 1)] and mean.manifest.merged == 2
+    with pytest.raises(DataError, match="'a' rates item 'x'"):
+        run(source, *flags, "--duplicates", "error")
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 1000))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+def test_minimum_counts_are_the_core(
+    tmp_path_factory: pytest.TempPathFactory, min_user: int, min_item: int, seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("core")
+    rows = sample(n=120, users=40, items=30, seed=seed)
+    expected = list(rows)
+    while True:
+        users, items = Counter(r[0] for r in expected), Counter(r[1] for r in expected)
+        kept = [r for r in expected if users[r[0]] >= min_user and items[r[1]] >= min_item]
+        if len(kept) == len(expected):
+            break
+        expected = kept
+    args = [write_csv(folder / "a.csv", rows), "--out", folder / "d", "--lanes", 2,
+            "--min-user-ratings", min_user, "--min-item-ratings", min_item]  # fmt: skip
+    if not expected:
+        with pytest.raises(DataError, match="no row is left"):
+            run(*args)
+        return
+    dataset = run(*args)
+    assert rows_of(dataset) == sorted(expected) and dataset.manifest.filtered == 120 - len(expected)
+    check_whole(dataset)
+
+
+def test_bad_rows_are_kept_with_line_and_reason(tmp_path: Path) -> None:
+    good = [f"u{k},i{k % 7},4,100" for k in range(300)]
+    bad = {5: ("a,b,4", "wrong number of fields"), 9: ("a,b,five,1", "rating is not a number"),
+           40: ("a,b,NaN,1", "rating is not finite"), 41: (",b,4,1", "empty user id"), 42: ("a, ,4,1", "empty item id"),
+           50: ("a,b,9,1", "rating is outside the scale"), 51: ("a,b,4,noon", "timestamp is not a number"),
+           60: ('"a,b,4,1', "quote that is not closed"), 70: ("a,b,1e39,1", "rating is not finite"),
+           }  # fmt: skip
+    for line, (text, _) in bad.items():
+        good.insert(line - 1, text)
+    (tmp_path / "r.csv").write_text("\n".join(good) + "\n")
+    flags = ["--columns", "0,1,2,3", "--rating-scale", "1,5", "--max-rejected", 0.05]
+    dataset = run(tmp_path / "r.csv", "--out", tmp_path / "d", *flags)
+    rejected = pq.read_table(tmp_path / "d" / "rejected.parquet").to_pylist()
+    found = {r["line"]: (r["text"], r["reason"]) for r in rejected}
+    expected = dict(bad)
+    expected[70] = ("a,b,1e39,1", "rating is outside the scale") if found[70][1] != bad[70][1] else bad[70]
+    assert found == expected
+    check_whole(dataset)
+    with pytest.raises(DataError, match=r"9 of 309 rows are refused.*line 5: wrong number of fields"):
+        run(tmp_path / "r.csv", "--out", tmp_path / "e", *flags[:-1], 0.01)
+    assert not (tmp_path / "e").exists()
+
+
+def test_ids_are_texts(tmp_path: Path) -> None:
+    odd = ['a,"b"', "naïve ☃", "x;y", "007", "7", " lead", "line\nend"]
+    with open(tmp_path / "a.csv", "w", newline="") as out:
+        csv.writer(out).writerows([(u, f"item, {k}", 3, k) for k, u in enumerate(odd)])
+    ints = pl.DataFrame({"user_id": [7, 8], "item_id": [1.0, None], "rating": [5, 4], "timestamp": [1, 2]})
+    ints.write_parquet(tmp_path / "b.parquet")
+    dataset = run(tmp_path / "a.csv", tmp_path / "b.parquet", "--out", tmp_path / "d", "--max-rejected", 0.5)
+    assert sorted(dataset.ids("users").to_pylist()) == sorted(odd)  # the row of 8 has no item
+    assert "1" in dataset.ids("items").to_pylist() and dataset.manifest.rejected == {"empty item id": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "no such file"), (b"", "is empty"), (b"\x7fELF\0\0\1" * 99, "binary"), (b"\n\n\n", "empty"),
+     (b"userId,movieId,rating\n", "no rows"), (b"one\ntwo\nthree\n", "1 column"), (b"[{}]", "JSON array"),
+     (b"PAR1junk", "Parquet"), (b"PK\3\4junk", "zip"), (gzip.compress(b"a,b,3\n" * 99999)[:-300], "cut off"),
+     ("a,b,3\n".encode("utf-16"), "UTF-16"), (b"{]\n{]\n", "user_id")],
+)  # fmt: skip
+def test_wrong_files_end_with_a_sentence(
+    content: bytes | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "x.csv").write_bytes(content)
+    code = exit_code_of(lambda: run(tmp_path / "x.csv", "--out", tmp_path / "d") and 0)
+    error = capsys.readouterr().err
+    assert code == 3 and words in error and "Traceback" not in error
+    assert not (tmp_path / "d").exists()
+
+
+def test_item_first_amazon_ratings_are_recognised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [(f"00017{k:05d}", f"A1C2VKKDCP5H{k:02d}", 5.0, 1414800000 + k) for k in range(20)]
+    dataset = run(write_csv(tmp_path / "Books.csv", rows), "--out", tmp_path / "d")
+    assert "Amazon 2018" in capsys.readouterr().out
+    assert all(user.startswith("A1C2") for user in dataset.ids("users").to_pylist())
+
+
+def test_the_same_command_again_and_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_csv(tmp_path / "a.csv", sample())
+    first = run(source, "--out", tmp_path / "d")
+    stamp = (tmp_path / "d" / "dataset.json").stat().st_mtime_ns
+    run(source, "--out", tmp_path / "d")
+    assert "prepared already" in capsys.readouterr().out
+    assert (tmp_path / "d" / "dataset.json").stat().st_mtime_ns == stamp
+    with pytest.raises(UsageError, match="--overwrite"):
+        run(source, "--out", tmp_path / "d", "--seed", 1)
+    (tmp_path / "bad.csv").write_bytes(b"")
+    with pytest.raises(DataError):
+        run(tmp_path / "bad.csv", "--out", tmp_path / "d", "--overwrite")
+    assert list(verify(first)) == []
+    run(source, "--out", tmp_path / "d", "--seed", 1, "--overwrite")
+
+
+def test_verify_names_the_damage(tmp_path: Path) -> None:
+    dataset = run(write_csv(tmp_path / "a.csv", sample()), "--out", tmp_path / "d", "--lanes", 2)
+    run("--verify", tmp_path / "d")
+    path = tmp_path / "d" / "train" / "lane-00001.parquet"
+    content = bytearray(path.read_bytes())
+    content[50] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"lane-00001.parquet has another checksum"):
+        run("--verify", dataset.path)
+
+
+def test_collisions_are_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = sample()
+    true_hash = readers.hash_ids
+
+    def clash(content: Any, start: Any, length: Any, salt: Any, first: Any, second: Any) -> None:
+        true_hash(content, start, length, salt, first, second)
+        if salt == 0:
+            first &= np.uint64(0xFF << 56)
+
+    monkeypatch.setattr(readers, "hash_ids", clash)
+    dataset = run(write_csv(tmp_path / "a.csv", rows), "--out", tmp_path / "d")
+    assert dataset.manifest.extra["salt"] == 1 and rows_of(dataset) == sorted(rows)
+
+
+def test_wide_rows_and_tiny_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = sample(n=50, users=10, items=9)
+    tiny = run(write_csv(tmp_path / "a.csv", rows), "--out", tmp_path / "d")
+    check_whole(tiny)
+    assert len(tiny.manifest.lanes) == 64 and rows_of(tiny) == sorted(rows)
+    from mfdist import assemble
+
+    monkeypatch.setattr(assemble, "INT32_ROWS", 5)
+    wide = run(tmp_path / "a.csv", "--out", tmp_path / "w", "--lanes", 2)
+    assert pq.read_schema(tmp_path / "w" / "train" / "lane-00000.parquet").field("user").type == pa.int64()
+    assert rows_of(wide) == sorted(rows)
+
+
+@pytest.mark.parametrize("make", [pl.DataFrame, pd.DataFrame])
+def test_frames(make: Any, tmp_path: Path) -> None:
+    rows = sample()
+    columns = dict(zip(("user_id", "item_id", "rating", "timestamp"), map(list, zip(*rows, strict=True)), strict=True))
+    dataset = prepare_frame(make(columns), tmp_path / "d", lanes=2)
+    assert rows_of(dataset) == sorted(rows)
+    check_whole(dataset)
+
+
+def test_append_and_compact(tmp_path: Path) -> None:
+    rows = sample(n=5000, users=400)
+    old = [r for r in rows if int(r[0][1:]) < 300 and r[1] != "i5"][:2500]
+    more = [[r for r in rows if r not in old][k::2] for k in range(2)]
+    dataset = run(write_csv(tmp_path / "a.csv", old), "--out", tmp_path / "d", "--lanes", 4, "--order", "blocks")
+    before = dataset.ids("users").to_pylist(), dataset.ids("items").to_pylist()
+    done = list(old)
+    for k, part in enumerate(more):
+        command = [write_csv(tmp_path / f"m{k}.csv", part), "--out", tmp_path / "d", "--append"]
+        dataset = run(*command)
+        done += part
+        check_whole(dataset)
+        assert rows_of(dataset) == sorted(done)
+        assert dataset.ids("users").to_pylist()[: len(before[0])] == before[0]
+        assert dataset.ids("items").to_pylist()[: len(before[1])] == before[1]
+        assert rows_of(run(*command)) == sorted(done)  # the same files again change nothing
+    appended, val = rows_of(dataset), rows_of(dataset, "val")
+    lanes = [lane.train_rows + lane.val_rows for lane in dataset.manifest.lanes]
+    assert max(lanes) / min(lanes) < 1.1
+    users = dataset.ids("users").to_pylist()
+    compacted = run("--compact", tmp_path / "d")
+    check_whole(compacted)
+    assert (rows_of(compacted), rows_of(compacted, "val")) == (appended, val)
+    assert compacted.ids("users").to_pylist() == users
+    on_disk = {str(p.relative_to(tmp_path / "d")) for p in (tmp_path / "d").glob("*/lane-*")}
+    assert on_disk == {f for lane in compacted.manifest.lanes for f in lane.files}
+    with pytest.raises(UsageError, match="--seed 1"):
+        run(write_csv(tmp_path / "z.csv", old[:9]), "--out", tmp_path / "d", "--append", "--seed", 1)
+
+
+def test_an_append_that_was_killed_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mfdist import append
+
+    rows = sample(n=1000)
+    run(write_csv(tmp_path / "a.csv", rows[:700]), "--out", tmp_path / "d", "--lanes", 2)
+    moved: list[str] = []
+
+    def dies(path: str, text: str) -> None:
+        if path.endswith("dataset.json"):
+            raise KeyboardInterrupt
+        moved.append(path)
+        real(path, text)
+
+    real = append.storage.write_text
+    monkeypatch.setattr(append.storage, "write_text", dies)
+    command = [write_csv(tmp_path / "b.csv", rows[700:]), "--out", tmp_path / "d", "--append"]
+    with pytest.raises(KeyboardInterrupt):
+        run(*command)
+    monkeypatch.undo()
+    dataset = run(*command)
+    assert rows_of(dataset) == sorted(rows)
+    check_whole(dataset)
+
+
+FIELD = st.one_of(
+    st.text(alphabet='a1",;\n\r\t é\0', max_size=5), st.sampled_from(["5", "3.5", "nan", "-1e3", "u1", ""])
+)
+
+
+def fuzz_csv(table: list[list[str]], tail: str, chunk: int) -> None:
+    import tempfile
+
+    first = "user,item,1,1\n" * 3
+    content = first + "\n".join(",".join(fields) for fields in table) + tail
+    lines = content.replace("\r\n", "\n").split("\n")
+    readers.CHUNK_BYTES, kept = chunk, readers.CHUNK_BYTES
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "f.csv"
+            path.write_bytes(content.encode())
+            try:
+                dataset = run(path, "--out", f"{folder}/d", "--columns", "0,1,2,3", "--max-rejected", 1, "--lanes", 2)
+            except (DataError, UsageError):
+                return
+            m = dataset.manifest
+            refused = pq.read_table(f"{folder}/d/rejected.parquet")
+            assert m.sources[0]["rows"] == len(rows_of(dataset)) + refused.num_rows
+            assert refused.num_rows + sum(m.num_ratings.values()) <= len(lines)
+            if '"' not in content:  # then a row is a line that is not empty
+                assert m.sources[0]["rows"] == sum(bool(line.removesuffix("\r")) for line in content.split("\n"))
+                for number, text in zip(refused["line"].to_pylist(), refused["text"].to_pylist(), strict=True):
+                    assert text == content.split("\n")[number - 1].removesuffix("\r")
+            readers.CHUNK_BYTES = 1 << 20
+            again = run(path, "--out", f"{folder}/e", "--columns", "0,1,2,3", "--max-rejected", 1, "--lanes", 2)
+            assert files_of(again) == files_of(dataset) and again.manifest.rejected == m.rejected
+    finally:
+        readers.CHUNK_BYTES = kept
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fuzzing draws no figures: they take most of the time."""
+    from mfdist import assemble
+
+    monkeypatch.setattr(assemble, "write_dataset_report", lambda *_: None)
+
+
+TABLES = st.lists(st.lists(FIELD, min_size=0, max_size=6), max_size=25)
+
+
+@given(TABLES, st.sampled_from(["", "\n", "\r\n", '"', '\n"a']), st.integers(5, 60))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_fuzzed_csv(bare: None, table: list[list[str]], tail: str, chunk: int) -> None:
+    fuzz_csv(table, tail, chunk)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@given(TABLES, st.sampled_from(["", "\n", "\r\n", '"', '\n"a']), st.integers(5, 60))
+@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+def test_fuzzed_csv_long(bare: None, table: list[list[str]], tail: str, chunk: int) -> None:
+    fuzz_csv(table, tail, chunk)
+
+
+VALUE = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.just([1]), st.just({}))
+RECORD = st.one_of(
+    st.dictionaries(st.sampled_from(["user_id", "asin", "rating", "timestamp", "x"]), VALUE).map(json.dumps),
+    st.text(alphabet='{}":,a1[]\\', max_size=12), st.sampled_from(["{", "null", "[" * 99999, '{"a":' * 9999]),
+)  # fmt: skip
+
+
+def fuzz_json(records: list[str]) -> None:
+    import tempfile
+
+    good = '{"user_id": 1, "asin": "b", "rating": 4, "timestamp": 1}\n'
+    content = good * 3 + "\n".join(records)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "f.jsonl").write_text(content)
+        dataset = run(f"{folder}/f.jsonl", "--out", f"{folder}/d", "--columns", "user_id,asin,rating,timestamp",
+                      "--max-rejected", 1, "--lanes", 2)  # fmt: skip
+        m = dataset.manifest
+        refused = pq.read_table(f"{folder}/d/rejected.parquet").num_rows
+        assert m.sources[0]["rows"] == sum(bool(line.strip()) for line in content.split("\n"))
+        assert m.sources[0]["rows"] == len(rows_of(dataset)) + refused
+
+
+@given(st.lists(RECORD, max_size=20))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+def test_fuzzed_json_lines(bare: None, records: list[str]) -> None:
+    fuzz_json(records)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@given(st.lists(RECORD, max_size=20))
+@settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
+def test_fuzzed_json_lines_long(bare: None, records: list[str]) -> None:
+    fuzz_json(records)
+
+
+@given(TABLES)
+@settings(max_examples=100, deadline=None)
+def test_well_formed_csv_is_read_as_pythons_csv_reads_it(table: list[list[str]]) -> None:
+    from mfdist import text_rows
+
+    rows = [[*(f.replace("\r", "") for f in fields), *["x"] * 3][:3] for fields in table]
+    stream = io.StringIO(newline="")
+    csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
+    content = np.frombuffer(stream.getvalue().encode(), np.uint8)
+    n = max(content.size, 1)
+    begin, end, line, when = (np.empty(n, np.int64) for _ in range(4))
+    start, length = np.zeros((4, n), np.int64), np.zeros((4, n), np.int64)
+    extra = np.empty(n, np.uint8)
+    count, lines, used = text_rows.scan_delimited(
+        content, content.size, 44, 0, True, 3, np.array([0, 1, 2, -1]), begin, end, line, start, length,
+        np.zeros(n), when, np.zeros(n, np.uint8), extra,
+    )  # fmt: skip
+    both = np.concatenate([content, extra[:used]]).tobytes()
+    found = [[both[start[c, i] : start[c, i] + length[c, i]].decode() for c in range(3)] for i in range(count)]
+    assert found == list(csv.reader(io.StringIO(stream.getvalue(), newline=""))) == rows
+    assert lines == stream.getvalue().count("\n")
+
+
+def real(name: str) -> Path:
+    folder = os.environ.get("MFDIST_TEST_DATA")
+    if not folder:
+        pytest.skip("MFDIST_TEST_DATA is not set: the real ratings are not here")
+    return Path(folder) / name
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "users", "items"),
+    [("ratings_Electronics.head50698.csv", 50698, 47141, 3529), ("electronics-core164k.parquet", 164007, 8014, 6727),
+     ("ml-1m.parquet", 1000209, 6040, 3706), ("ml-100k.tsv", 100000, 943, 1682)],
+)  # fmt: skip
+def test_real_pieces(name: str, rows: int, users: int, items: int, tmp_path: Path) -> None:
+    m = run(real(name), "--out", tmp_path / "d").manifest
+    assert (sum(m.num_ratings.values()), m.num_users, m.num_items) == (rows, users, items)
+    assert m.rating_scale == (1, 5) and m.rating_step == 1 and sum(c for _, c in m.rating_histogram) == rows
+    assert {p.name for p in (tmp_path / "d" / "report").iterdir()} >= {"ratings.png", "index.html"}
+
+
+@pytest.mark.parametrize("layout", ["csv", "dat", "data"])
+def test_movielens_in_its_three_layouts(layout: str, tmp_path: Path) -> None:
+    rows = [line.split("\t") for line in real("ml-100k.tsv").read_text().splitlines()]
+    sep, header = {"csv": (",", "userId,movieId,rating,timestamp"), "dat": ("::", ""), "data": ("\t", "")}[layout]
+    m = run(write_csv(tmp_path / f"ratings.{layout}", rows, sep, header), "--out", tmp_path / "d").manifest
+    assert (sum(m.num_ratings.values()), m.num_users, m.num_items) == (100_000, 943, 1_682)
+
+
+def test_lanes_are_even_and_their_order_is_random(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    n = 60_000
+    user, item = rng.integers(0, 20_000, n), np.sort(rng.integers(0, 2000, n))
+    frame = pl.DataFrame({"user_id": user, "item_id": item, "rating": rng.integers(1, 6, n), "timestamp": np.arange(n)})
+    dataset = prepare_frame(frame, tmp_path / "d", lanes=4)
+    sizes = [lane.train_rows + lane.val_rows for lane in dataset.manifest.lanes]
+    assert max(abs(s / np.mean(sizes) - 1) for s in sizes) < 0.02
+    for lane in range(4):
+        (entry,) = dataset.lane_files("train", lane)
+        table = pq.read_table(dataset.file_path(entry))
+        for name in ("user", "item", "timestamp"):
+            values = table.column(name).to_numpy()
+            correlation = np.corrcoef(np.arange(values.size), values)[0, 1]
+            assert abs(correlation) < 4 / np.sqrt(values.size), f"lane {lane}: {name} follows the order"
+        assert abs(table.column("timestamp").to_numpy().mean() / (n / 2) - 1) < 0.05
+    rows = np.array([int(u) for u in dataset.ids("users").to_pylist()])
+    first_seen = {u: k for k, u in reversed(list(enumerate(user.tolist())))}
+    seen = np.array([first_seen[u] for u in rows])
+    assert abs(np.corrcoef(np.arange(seen.size), seen)[0, 1]) < 4 / np.sqrt(seen.size)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kill_at_twenty_moments(tmp_path: Path) -> None:
+    rows = sample(n=60_000, users=2000, items=500)
+    source = write_csv(tmp_path / "a.csv", rows)
+    expected = files_of(run(source, "--out", tmp_path / "reference"))
+    command = [sys.executable, "jobs/prepare.py", str(source), "--out", str(tmp_path / "d")]
+    began = time.monotonic()
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    whole = time.monotonic() - began
+    rng = random.Random(3)
+    for _ in range(20):
+        if rng.random() < 0.5:
+            subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0, whole))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+        dataset = Dataset.open(str(tmp_path / "d"))
+        assert files_of(dataset) == expected and list(verify(dataset)) == []
+        assert not (tmp_path / "d" / ".scratch").exists()
