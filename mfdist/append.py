@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -212,7 +213,7 @@ def write_added(config: PrepareConfig, manifest: Manifest, root: str, lanes: lis
     wanted = [name for name in ("user", "item", "rating", "is_val", "key", "time") if name in rows]
     files: list[FileEntry] = []
     train = val = 0
-    for place, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for place, (first, end) in enumerate(pairwise(edges.tolist())):
         if first == end:
             continue
         _, entries, sizes, _ = writer.write(place, [{name: rows[name][order[first:end]] for name in wanted}])
@@ -258,8 +259,8 @@ class Survey:
 
 def survey(root: str, manifest: Manifest) -> Survey:
     """Read every lane file once. Needs 16 bytes a user and 24 an item."""
-    found = Survey(LaneFacts(), ItemCounts.zeros(manifest.num_items), *(np.zeros(manifest.num_users, np.int64)
-                                                                       for _ in range(2)), 0)  # fmt: skip
+    train, both = np.zeros(manifest.num_users, np.int64), np.zeros(manifest.num_users, np.int64)
+    found = Survey(LaneFacts(), ItemCounts.zeros(manifest.num_items), train, both, 0)
     files = sorted(ordered_files(manifest), key=lambda entry: not entry.path.startswith("train/"))
     for entry in files:
         is_val = entry.path.startswith("val/")
@@ -403,7 +404,8 @@ def check_append(config: PrepareConfig, manifest: Manifest) -> None:
     """UsageError where a flag asks for another rule than the dataset's."""
     if config.min_user_ratings > 1 or config.min_item_ratings > 1:
         raise UsageError("--append keeps all added rows: leave out --min-user-ratings and --min-item-ratings.")
-    asked = {"split": (config.split, manifest.split["kind"], "random"), "seed": (config.seed, manifest.split["seed"], 42),
+    asked = {"split": (config.split, manifest.split["kind"], "random"),
+             "seed": (config.seed, manifest.split["seed"], 42),
              "order": (config.order, manifest.order, "random"),
              "lanes": (config.lanes, len(manifest.lanes), 0)}  # fmt: skip
     for name, (value, own, default) in asked.items():

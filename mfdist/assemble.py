@@ -382,7 +382,7 @@ def time_unit(latest: int) -> int:
 
 
 def rating_facts(facts: LaneFacts, scale: tuple[float, float] | None) -> dict[str, Any]:
-    """Scale, step, histogram and mean. More than 1,000 different ratings are counted in 100 equal bins (lower edges)."""
+    """Scale, step, histogram and mean. Beyond 1,000 different ratings: 100 equal bins, by their lower edges."""
     both = dict(facts.train_values)
     for value, count in facts.val_values.items():
         both[value] = both.get(value, 0) + count
@@ -449,5 +449,8 @@ def say_totals(manifest: Manifest, read: Ingest, console: Console) -> None:
                  f"{manifest.filtered:,} + merged {manifest.merged:,}")  # fmt: skip
     for reason, count in sorted(manifest.rejected.items()):
         console.info(f"rejected: {reason}: {count:,}")
-    console.info(f"{manifest.num_users:,} users, {manifest.num_items:,} items, {len(manifest.lanes)} lanes, ratings "
-                 f"{manifest.rating_scale[0]:g} to {manifest.rating_scale[1]:g}, mean {manifest.global_mean:.4f}")  # fmt: skip
+    low, high = manifest.rating_scale
+    console.info(
+        f"{manifest.num_users:,} users, {manifest.num_items:,} items, {len(manifest.lanes)} lanes, ratings {low:g} to "
+        f"{high:g}, mean {manifest.global_mean:.4f}"
+    )

@@ -28,7 +28,10 @@ def write_dataset_report(
     item_ratings: npt.NDArray[np.int64],
     days: dict[int, int],
 ) -> None:
-    """The figures and index.html. ``user_activity``: ratings of a user -> users; ``days``: day since 1970 -> ratings."""
+    """The figures and index.html.
+
+    ``user_activity``: ratings of a user -> users; ``days``: day since 1970 -> ratings.
+    """
     items = item_ratings[item_ratings > 0]
     found, number = np.unique(items, return_counts=True)
     item_activity = dict(zip(found.tolist(), number.tolist(), strict=True))
@@ -63,7 +66,10 @@ def _page(manifest: Manifest, title: str, figures: list[tuple[str, str, bytes]])
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     train, val = manifest.num_ratings["train"], manifest.num_ratings["val"]
     cold = manifest.extra["cold"]
-    share = lambda count: f"{count:,} ({count / max(val, 1):.1%})"  # noqa: E731
+
+    def share(count: int) -> str:
+        return f"{count:,} ({count / max(val, 1):.1%})"
+
     facts = [
         ("training ratings", f"{train:,}"), ("validation ratings", f"{val:,}"), ("users", f"{manifest.num_users:,}"),
         ("items", f"{manifest.num_items:,}"), ("mean training rating", f"{manifest.global_mean:.4f}"),

@@ -170,7 +170,7 @@ def spans_differ(content: Any, start: Any, length: Any, i: Any, j: Any) -> Any:
     """Whether span ``i`` and span ``j`` hold other bytes."""
     if length[i] != length[j]:
         return True
-    for k in range(length[i]):
+    for k in range(length[i]):  # noqa: SIM110 (compiled)
         if content[start[i] + k] != content[start[j] + k]:
             return True
     return False

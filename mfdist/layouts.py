@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow.parquet as pq
 
@@ -38,6 +38,10 @@ class Layout:
     @property
     def has_time(self) -> bool:
         return self.columns[3] not in (-1, "")
+
+    def without_time(self) -> Layout:
+        """The same layout with its timestamps left out."""
+        return replace(self, columns=(*self.columns[:3], -1 if self.kind == "delimited" else ""))
 
 
 def parse_columns(text: str) -> tuple[str, ...]:
@@ -200,7 +204,10 @@ def _headerless(source: Source, rows: list[list[str]], separator: str) -> tuple[
         raise DataError(f"{source.shown} has {width} column{'s' * (width != 1)} and no header that is known; say which "
                         "is which with --columns, e.g. --columns 0,1,2,3 (positions count from 0).")  # fmt: skip
     time = 3 if width == 4 else -1
-    share = lambda pattern, place: sum(bool(pattern.fullmatch(r[place])) for r in rows) / len(rows)  # noqa: E731
+
+    def share(pattern: re.Pattern[str], place: int) -> float:
+        return sum(bool(pattern.fullmatch(row[place])) for row in rows) / len(rows)
+
     if share(_ASIN, 0) > 0.8 and share(_AMAZON_USER, 1) > 0.8 and share(_AMAZON_USER, 0) < 0.5:
         return (1, 0, 2, time), "no header, Amazon 2018 ratings: item, user, rating, timestamp"
     known = {"::": "MovieLens ratings.dat", "\t": "MovieLens u.data or alike"}.get(separator, "Amazon 2014 or alike")

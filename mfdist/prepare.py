@@ -87,8 +87,10 @@ def _verified(path: str, console: Console) -> Dataset:
     for fault in faults:
         console.info(fault)
     if faults:
-        raise DataError(f"{storage.redact(path)}: {len(faults)} of {len(dataset.manifest.files)} files are not what the "
-                        f"manifest says; the first: {faults[0]}. Prepare it again.")  # fmt: skip
+        raise DataError(
+            f"{storage.redact(path)}: {len(faults)} of {len(dataset.manifest.files)} files are not what the manifest "
+            f"says; the first: {faults[0]}. Prepare it again."
+        )
     console.info(f"{storage.redact(path)}: {len(dataset.manifest.files)} files are what the manifest says")
     return dataset
 
@@ -212,8 +214,8 @@ def read_sources(
     if refused > config.max_rejected * read.num_in:
         examples = "; ".join(read.examples[:3])
         raise DataError(
-            f"{refused:,} of {read.num_in:,} rows are refused, more than --max-rejected {config.max_rejected:g} allows: "
-            f"{examples}. Mend the source, set --columns, or raise --max-rejected."
+            f"{refused:,} of {read.num_in:,} rows are refused, more than --max-rejected {config.max_rejected:g} "
+            f"allows: {examples}. Mend the source, set --columns, or raise --max-rejected."
         )
     if read.rows.rows == 0:
         raise DataError(f"{sources[0].shown} holds no rows of ratings.")

@@ -253,7 +253,9 @@ def _parse_json(content: bytes, packed: int, layout: Layout, rules: Rules) -> Bl
                  packed)  # fmt: skip
 
 
-def _json_row(line: bytes, keys: tuple[Any, ...], with_time: bool) -> tuple[bytes, bytes, float, int] | str:
+def _json_row(  # noqa: PLR0911
+    line: bytes, keys: tuple[Any, ...], with_time: bool
+) -> tuple[bytes, bytes, float, int] | str:
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError:
@@ -335,13 +337,16 @@ def _parse_table(table: pa.Table, packed: int, layout: Layout, rules: Rules) -> 
     time, bad_time = np.zeros(n, np.int64), np.zeros(n, np.bool_)
     if rules.with_time:
         time, bad_time = _numbers(_seconds(table.column(names[3])), pa.int64(), parse_time)
-    raw = lambda i: json.dumps({m: _shown(table.column(m)[i]) for m in names if m}, ensure_ascii=False)  # noqa: E731
+
+    def raw(i: int) -> str:
+        return json.dumps({m: _shown(table.column(m)[i]) for m in names if m}, ensure_ascii=False)[:MAX_RAW_TEXT]
+
     rejects = []
     for i in np.flatnonzero((status != text_rows.OK) | bad_rating | bad_time):
         reason = REASONS[int(status[i])] if status[i] else (NOT_A_NUMBER if bad_rating[i] else BAD_TIME)
-        rejects.append((int(i), reason, raw(int(i))[:MAX_RAW_TEXT]))
+        rejects.append((int(i), reason, raw(int(i))))
     good = (status == text_rows.OK) & ~bad_rating & ~bad_time
-    good &= _judge(rating, good, rules, lambda i: (i, raw(i)[:MAX_RAW_TEXT]), rejects)
+    good &= _judge(rating, good, rules, lambda i: (i, raw(i)), rejects)
     return Block(both, start[:, good], length[:, good], rating[good].astype(np.float32),
                  time[good] if rules.with_time else None, n, n, rejects, [], packed)  # fmt: skip
 

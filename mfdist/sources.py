@@ -30,7 +30,10 @@ _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, OSError,
 
 @dataclass(frozen=True)
 class Source:
-    """One input file: ``packing`` is 'parquet', 'text', or what the text is packed in; ``val`` marks a ``--val`` file."""
+    """One input file; ``val`` marks a ``--val`` file.
+
+    ``packing``: 'parquet', 'text', or what the text is packed in: 'gzip', 'bz2', 'zstd', 'zip'.
+    """
 
     path: str
     bytes: int
@@ -112,7 +115,7 @@ class Reopened(io.RawIOBase):
         return storage.open_read(self._path)
 
     def _measured(self) -> int:
-        size = self._stream.seek(0, io.SEEK_END)
+        size = int(self._stream.seek(0, io.SEEK_END))
         self._stream.seek(0)
         return size
 

@@ -23,7 +23,7 @@ _NL, _CR, _QUOTE = 10, 13, 34
 
 
 @numba.njit(nogil=True, cache=True)
-def _quoted_end(content: Any, at: Any, size: Any, sep0: Any, sep1: Any) -> Any:
+def _quoted_end(content: Any, at: Any, size: Any, sep0: Any, sep1: Any) -> Any:  # noqa: PLR0911
     """The closing quote of the field whose first quote stands before ``at``; -1 malformed, -2 cut off."""
     p = at
     while p < size:
@@ -181,7 +181,7 @@ def valid_utf8(content: Any, start: Any, length: Any) -> Any:
 def _blank(content: Any, start: Any, length: Any) -> Any:
     for k in range(length):
         c = content[start + k]
-        if c != 32 and c != 9:
+        if c != 32 and c != 9:  # noqa: PLR1714 (compiled)
             return False
     return True
 
@@ -213,7 +213,7 @@ def _unescape(content: Any, start: Any, length: Any, out: Any, at: Any) -> Any:
 
 
 @numba.njit(nogil=True, cache=True)
-def scan_delimited(content: Any, size: Any, sep0: Any, sep1: Any, quotes: Any, num_fields: Any, columns: Any,
+def scan_delimited(content: Any, size: Any, sep0: Any, sep1: Any, quotes: Any, num_fields: Any, columns: Any,  # noqa: PLR0912, PLR0915
                    begin: Any, end: Any, line: Any, start: Any, length: Any, rating: Any, time: Any, status: Any,
                    extra: Any) -> Any:  # fmt: skip
     """Scan the whole records in ``content[:size]``; every record must end with a line end.
