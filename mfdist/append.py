@@ -183,10 +183,8 @@ def lanes_of_new(manifest: Manifest, user: Any, new: Any) -> Counts:
 def with_new_ranges(manifest: Manifest, new_lane: Counts) -> list[Lane]:
     """The lanes with one more range of user rows where they get new users."""
     edges = manifest.num_users + np.searchsorted(new_lane, np.arange(len(manifest.lanes) + 1))
-    ranges = [((int(a), int(b)),) if b > a else () for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    return [
-        replace(lane, user_ranges=lane.user_ranges + more) for lane, more in zip(manifest.lanes, ranges, strict=True)
-    ]
+    more = [((a, b),) if b > a else () for a, b in pairwise(edges.tolist())]
+    return [replace(lane, user_ranges=lane.user_ranges + new) for lane, new in zip(manifest.lanes, more, strict=True)]
 
 
 def lane_of_rows(lanes: Sequence[Lane], user: Counts) -> Counts:
@@ -341,17 +339,12 @@ def compact(root: str, memory: int, console: Console) -> Dataset:
     """Merge each lane's files into one a split, in one random order; ids keep their rows, and no rating changes."""
     dataset = open_finished(root)
     manifest = dataset.manifest
-    if all(len(lane.files) <= 2 for lane in manifest.lanes) and not any(
-        "append-" in f for x in manifest.lanes for f in x.files
-    ):
+    if not any("append-" in name for lane in manifest.lanes for name in lane.files):
         console.info(f"{storage.redact(root)} has no appended files")
         return dataset
     check_memory(max(x.train_rows + x.val_rows for x in manifest.lanes), memory, "a lane", "--memory")
     number = manifest.extra.get("compactions", 0) + 1
-    scratch = (
-        os.path.join(storage.local_path(root), ".scratch") if storage.is_local(root) else f".scratch-{os.getpid()}"
-    )
-    os.makedirs(scratch, exist_ok=True)
+    scratch = tempfile.mkdtemp(prefix="mfdist-compact-")
     try:
         writer = lane_writer(manifest.order, manifest, root, scratch, f".compact-{number:03d}", manifest.num_users)
         lanes, files = [], []
@@ -389,14 +382,8 @@ def lane_rows(dataset: Dataset, lane: int) -> Arrays:
     rows = {name: values[order] for name, values in rows.items()}
     user, item = rows["user"].astype(np.uint64), rows["item"].astype(np.uint64)
     chance, key = np.empty(user.size, np.uint64), np.empty(user.size, np.uint64)
-    fates(
-        user,
-        item,
-        occurrences(user, rows["is_val"], item),
-        np.uint64(dataset.manifest.split["seed"] % 2**64),
-        chance,
-        key,
-    )
+    seed = np.uint64(dataset.manifest.split["seed"] % 2**64)
+    fates(user, item, occurrences(user, rows["is_val"], item), seed, chance, key)
     return {**rows, "key": key}
 
 

@@ -208,7 +208,8 @@ def row_lookup(hashes: Any, table: Any, starts: Any, shift: Any, out: Any) -> An
                 break
             place += 1
         out[i] = found
-        absent += found < 0
+        if found < 0:
+            absent += 1
     return absent
 
 

@@ -109,10 +109,7 @@ def _appended(
     if dataset.manifest.has_timestamp and not all(layout.has_time for layout in layouts):
         raise UsageError("the dataset has timestamps and a source has none: they cannot be appended.")
     if not dataset.manifest.has_timestamp:
-        layouts = [
-            replace(layout, columns=(*layout.columns[:3], -1 if layout.kind == "delimited" else ""))
-            for layout in layouts
-        ]
+        layouts = [layout.without_time() for layout in layouts]
     if dataset.manifest.extra["explicit_scale"]:
         config = replace(config, rating_scale=config.rating_scale or dataset.manifest.rating_scale)
     scratch = scratch_folder(config.target)

@@ -11,7 +11,7 @@ from mfdist.layouts import parse_columns
 
 
 def _lanes(text: str) -> int:
-    if text == "auto":
+    if text in ("auto", "0"):
         return 0
     if not re.fullmatch(r"[1-9]\d{0,5}", text):
         raise ValueError("expected auto or a whole number from 1 to 999999")

@@ -72,17 +72,17 @@ def sort_order(user: Any, val: Any, item: Any, time: Any, rating: Any, low: Any,
     edges = np.zeros(num_fine + 1, np.int64)
     for i in range(n):
         edges[np.int64((user[i] - low) >> shift) + 1] += 1
-    for b in range(num_fine):
-        edges[b + 1] += edges[b]
+    for fine in range(num_fine):
+        edges[fine + 1] += edges[fine]
     cursor = edges[:-1].copy()
     order, spare = np.empty(n, np.int64), np.empty(n, np.int64)
     for i in range(n):
         b = np.int64((user[i] - low) >> shift)
         order[cursor[b]] = i
         cursor[b] += 1
-    for b in range(num_fine):
-        if edges[b + 1] - edges[b] > 1:
-            _sort_range(order, edges[b], edges[b + 1], spare, user, val, item, time, rating)
+    for fine in range(num_fine):
+        if edges[fine + 1] - edges[fine] > 1:
+            _sort_range(order, edges[fine], edges[fine + 1], spare, user, val, item, time, rating)
     return order
 
 

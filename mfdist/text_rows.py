@@ -102,7 +102,7 @@ def last_record_end(content: Any, size: Any, sep0: Any, sep1: Any, quotes: Any, 
 @numba.njit(nogil=True, cache=True, inline="always")
 def _plain_number(content: Any, start: Any, end: Any) -> Any:
     """(value, True) of digits with an optional sign and point, at most 15 digits; else (0, False)."""
-    p, negative, digits, scale, point, mantissa = start, False, 0, 1.0, False, 0
+    p, negative, digits, scale, point, mantissa = start, False, 0, 1.0, False, np.int64(0)
     while p < end and content[p] == 32:
         p += 1
     while end > p and content[end - 1] == 32:

@@ -54,7 +54,8 @@ def measure(source: Path, rows: int, memory: str, repeats: int, folder: Path) ->
         head.write_text("".join(line for line, _ in zip(whole, range(1000), strict=False)))
     prepare = [sys.executable, "jobs/prepare.py", "--overwrite", "--memory", memory]
     timed([*prepare, str(head), "--out", str(folder / "small")])
-    commands = {"polars scan_csv -> sink_parquet": [sys.executable, "-c", SINK, str(source), str(folder / "out.parquet")],
+    polars = [sys.executable, "-c", SINK, str(source), str(folder / "out.parquet")]
+    commands = {"polars scan_csv -> sink_parquet": polars,
                 "prepare": [*prepare, str(source), "--out", str(folder / "data")]}  # fmt: skip
     best: dict[str, tuple[float, int]] = {}
     for _ in range(repeats):
