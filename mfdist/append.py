@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -34,7 +35,6 @@ from mfdist.assemble import (
     named_pair,
     rating_facts,
     say_totals,
-    vocabulary_file,
 )
 from mfdist.dataset import MANIFEST, Dataset, FileEntry, Lane, Manifest, fingerprint
 from mfdist.dataset_report import write_dataset_report
@@ -46,6 +46,7 @@ from mfdist.log import Console
 from mfdist.prepare_config import PrepareConfig
 from mfdist.spill import Arrays, Ids, sorted_ids
 from mfdist.split import Duplicates, SplitRule, choose, fates, occurrences, time_cut
+from mfdist.vocabulary import vocabulary_file
 
 NEXT = ".next"
 REPLACED = ("users.parquet", "items.parquet", "rejected.parquet")

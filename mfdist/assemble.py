@@ -7,7 +7,6 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -28,16 +27,12 @@ from mfdist.log import Console
 from mfdist.prepare_config import PrepareConfig
 from mfdist.spill import BUCKETS, Arrays, Ids, bucket_edge
 from mfdist.split import Duplicates, SplitRule, choose, core, core_rows, merged, sorted_rows, time_cut, user_runs
+from mfdist.vocabulary import Vocabulary, vocabulary_file
 
 INT32_ROWS = 2**31 - 1
-VOCABULARY_GROUP = 65_536
 ROW_COST = 200
 """Bytes that a row takes while its group is worked on: sorting, both forms, and what waits to be written."""
 GROUP_ROWS = 1 << 20
-
-VOCABULARY_SCHEMA = pa.schema(
-    [pa.field("row", pa.int64(), False), pa.field("id", pa.string(), False), pa.field("ratings", pa.int64(), False)]
-)
 
 
 @dataclass
@@ -300,51 +295,6 @@ def lane_spans(lanes: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
     """(first, end) of every run of equal lanes."""
     edges = [0, *(np.flatnonzero(np.diff(lanes)) + 1).tolist(), lanes.size]
     return list(pairwise(edges))
-
-
-class Vocabulary:
-    """users.parquet or items.parquet while it is written, in row groups of 65,536."""
-
-    def __init__(self, file: ParquetFile) -> None:
-        self.file = file
-        self._held: list[pa.Table] = []
-        self._held_rows = self._row = 0
-
-    def write(self, ids: Ids, places: npt.NDArray[np.int64], ratings: npt.NDArray[np.int64]) -> None:
-        """The ids at ``places``, numbered on, with their training ratings."""
-        for first in range(0, places.size, 1 << 22):  # a string column addresses its text with 31 bits
-            edges, content = ids.take(places[first : first + (1 << 22)])
-            number = edges.size - 1
-            text = pa.LargeStringArray.from_buffers(number, pa.py_buffer(edges), pa.py_buffer(content))
-            self.write_texts(text, ratings[first : first + number])
-
-    def write_texts(self, text: Any, ratings: npt.NDArray[np.int64]) -> None:
-        """Ids (an Arrow string array), numbered on, with their training ratings."""
-        number = len(text)
-        rows = pa.array(np.arange(self._row, self._row + number))
-        columns = [rows, text.cast(pa.string()), pa.array(ratings)]
-        self._held.append(pa.Table.from_arrays(columns, schema=VOCABULARY_SCHEMA))
-        self._row += number
-        self._held_rows += number
-        whole = self._held_rows // VOCABULARY_GROUP * VOCABULARY_GROUP
-        if whole:
-            table = pa.concat_tables(self._held)
-            self.file.write(table.slice(0, whole), VOCABULARY_GROUP)
-            self._held, self._held_rows = [table.slice(whole)], self._held_rows - whole
-
-    def flush(self) -> None:
-        """Write what is left; the file is complete when its context ends."""
-        if self._held_rows:
-            self.file.write(pa.concat_tables(self._held), VOCABULARY_GROUP)
-        self._held, self._held_rows = [], 0
-
-
-@contextmanager
-def vocabulary_file(root: str, side: str, scratch: str, suffix: str = "") -> Iterator[Vocabulary]:
-    """``side``.parquet (and ``suffix``) to be written; complete when the context ends."""
-    options = {"use_dictionary": False, "write_statistics": True}
-    with ParquetFile(root, f"{side}.parquet{suffix}", VOCABULARY_SCHEMA, scratch, **options) as file:
-        yield Vocabulary(file)
 
 
 def write_items(root: str, read: Ingest, plan: Plan, train: npt.NDArray[np.int64], scratch: str) -> FileEntry:
