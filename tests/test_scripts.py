@@ -19,7 +19,7 @@ case "$*" in
   -c*) [ -z "${{FAKE_OLD:-}}" ] || case "$*" in *version_info\\ \\<*) exit 1;; esac; echo "(3, 11)"; exit 0 ;;
   "-m venv"*) echo venv >> $log; mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
   *"pip --version"*) [ -f {folder}/fake.py3 ] && exit 0 ;;
-  *"pip install"*) echo "install ${{*:5}}" >> $log; [ ! -f {folder}/break ] || exit 1 ;;
+  *"pip install"*) echo "install ${{*:6}}" >> $log; [ ! -f {folder}/break ] || exit 1 ;;
 esac
 """
 
