@@ -19,7 +19,7 @@ LAYERS = (
     "errors ids text_rows / storage / config metrics log schedule shuffle kernels",
     "distributed launch dataset stopping",
     "card degrees reading prefetch sources spill optim checkpoint dataset_report "
-    "/ planted assembly layouts split lanes embedding export / twin device_feed readers prepare_config "
+    "/ planted assembly layouts split lanes embedding export / twin device_feed readers vocabulary prepare_config "
     "/ synthesize loader ingest / assemble baseline / append / prepare",
     "model builtin",
     "floors ranking train_config run_directory report fused / evaluate recommend validate plan / baseline_run",
