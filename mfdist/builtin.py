@@ -13,4 +13,4 @@ def make_builtin(path: str, rows: int = 200_000) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = f"{folder}/builtin.csv"
         synthesize(SynthesizeConfig(rows=rows, out=source))
-        prepare(PrepareConfig(source=(source,), out=path))
+        prepare(PrepareConfig(sources=(source,), out=path))

@@ -96,7 +96,7 @@ class World:
     def all_to_all(
         self, received: torch.Tensor, sent: torch.Tensor, received_rows: list[int], sent_rows: list[int]
     ) -> None:
-        """Send rows of ``sent`` to the ranks, ``sent_rows[r]`` to rank r in rank order; ``received`` is filled likewise."""
+        """Send rows of ``sent``, ``sent_rows[r]`` to rank r in rank order; ``received`` is filled likewise."""
         if self.size == 1:
             received.copy_(sent)
         else:

@@ -14,6 +14,7 @@ Parts are also what a checkpoint stores, so that it loads on any number of ranks
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from torch import nn
 
 from mfdist.dataset import Manifest
 from mfdist.distributed import World
+from mfdist.kernels import stride_of
 from mfdist.optim import RowOptimizer
 
 Range = tuple[int, int]
@@ -105,10 +107,13 @@ class Table(nn.Module):
         self._held = list(held)
         sizes = [end - first for first, end in self._held]
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        rows, device = int(self._starts[-1]), world.device
-        self.rows = Rows(
-            torch.empty(rows, width, device=device),
-            tuple(torch.zeros(rows, w, device=device) for w in optimizer.state_widths(width)),
+        self.rows = self._allocate(int(self._starts[-1]))
+
+    def _allocate(self, rows: int) -> Rows:
+        device = self.world.device
+        return Rows(
+            torch.empty(rows, self.width, device=device),
+            tuple(torch.zeros(rows, w, device=device) for w in self.optimizer.state_widths(self.width)),
             torch.zeros(rows, dtype=torch.int32, device=device),
         )
 
@@ -228,10 +233,18 @@ class ShardedTable(Table):
         ends = [max((end for _, end in layout.ranges_of(r)), default=0) for r in range(world.size)]
         self._ends = torch.from_numpy(np.maximum.accumulate(ends)).to(world.device)
 
+    def _allocate(self, rows: int) -> Rows:
+        """Weights, state and ``last`` of a row side by side in ``packed``, so that a row is one place in memory."""
+        widths = (self.width, *self.optimizer.state_widths(self.width))
+        stride = stride_of(self.width, sum(widths[1:]))
+        self.packed = _zeros(rows, stride, self.world.device)
+        parts = torch.split(self.packed[:, : sum(widths)], list(widths), dim=1)
+        return Rows(parts[0], tuple(parts[1:]), self.packed.view(torch.int32)[:, stride - 1])
+
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Weights (rows, width) of global rows (rows,), current before this step; collective unless at home."""
         unique, inverse = torch.unique(rows, return_inverse=True)
-        self._asked = self._exchange(unique)
+        self._asked = self.exchange(unique)
         self._fetched = self._asked.fetch(self._caught_up(self._asked.mine)).requires_grad_(torch.is_grad_enabled())
         return nn.functional.embedding(inverse, self._fetched)
 
@@ -253,8 +266,11 @@ class ShardedTable(Table):
     @torch.no_grad()
     def read(self, rows: torch.Tensor) -> Rows:
         """Settled weights and ``last`` of global rows (rows,); collective unless at home."""
+        if self._home:
+            index = self.local(rows)
+            return Rows(self.rows.weight[index], (), self.rows.last[index])
         unique, inverse = torch.unique(rows, return_inverse=True)
-        exchange = self._exchange(unique)
+        exchange = self.exchange(unique)
         weight = exchange.fetch(self.rows.weight[exchange.mine], exact=True)
         last = exchange.fetch(self.rows.last[exchange.mine][:, None], exact=True)[:, 0]
         return Rows(weight[inverse], (), last[inverse])
@@ -267,7 +283,8 @@ class ShardedTable(Table):
         self.rows.put(index, rows)
         return rows.weight
 
-    def _exchange(self, unique: torch.Tensor) -> _Exchange:
+    def exchange(self, unique: torch.Tensor) -> _Exchange:
+        """Ask the owners of distinct ascending global rows (rows,) for them; collective unless at home."""
         if self._home:
             return _Exchange.at_home(self, self.local(unique))
         owner = torch.searchsorted(self._ends, unique.long(), right=True)
@@ -331,6 +348,16 @@ class _Exchange:
         ):
             total[place] += part.float()  # a rank asks for a row once, so that no index repeats
         return total
+
+
+def _zeros(rows: int, stride: int, device: torch.device) -> torch.Tensor:
+    """float32 zeros (rows, stride); on a CPU from the kernel's zero pages, in huge ones where it has them."""
+    if device.type != "cpu" or not rows:
+        return torch.zeros(rows, stride, device=device)
+    memory = mmap.mmap(-1, rows * stride * 4)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32).view(rows, stride)
 
 
 # Initial weights ----------------------------------------------------------------------------------

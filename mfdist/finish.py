@@ -19,6 +19,8 @@ from mfdist.embedding import ReplicatedTable, Table, stored_order
 from mfdist.floors import floors
 from mfdist.session import Session, checkpoint_tensors, chosen_epoch
 
+BEST_ON_VAL = "best on validation (the vignette's convention)"
+
 
 def finish(session: Session) -> dict[str, Any]:
     """Export the epoch that ``final`` reports and write the report."""
@@ -36,7 +38,7 @@ def finish(session: Session) -> dict[str, Any]:
         job="train", model=config.model, manifest=session.dataset.manifest, world_size=world.size,
         device=world.device.type, seed=config.seed, config=to_dict(config), epochs=progress.epochs,
         final=report.result(chosen, progress.summaries[chosen]["headline"], how),
-        best_on_val=report.result(best, progress.summaries[best]["headline"], "best on validation (the vignette's convention)"),
+        best_on_val=report.result(best, progress.summaries[best]["headline"], BEST_ON_VAL),
         slices=progress.summaries[chosen]["slices"], floors=floors(session.dataset, world),
         wall_seconds=progress.wall_seconds + time.monotonic() - session.started,
         peak_rss_bytes=int(peak[0]), peak_device_bytes=int(peak[1]),
@@ -50,7 +52,8 @@ def finish(session: Session) -> dict[str, Any]:
     if final["val_rmse"] is not None:
         session.console.info(
             f"result (epoch {chosen + 1}, {how}): RMSE {final['val_rmse']:.4f}, MAE {final['val_mae']:.4f} on "
-            f"{found['dataset']['num_ratings']['val']:,} validation ratings; report: {storage.redact(session.run)}/report.html"
+            f"{found['dataset']['num_ratings']['val']:,} validation ratings; "
+            f"report: {storage.redact(session.run)}/report.html"
         )
     world.barrier()
     return found
@@ -81,7 +84,7 @@ def _export(session: Session) -> None:
 
 
 def _chunks(session: Session, table: Table, columns: slice | int) -> Iterator[Any]:
-    """float32 chunks of some columns of a table in global row order; on rank 0 all rows, elsewhere this rank sends its own."""
+    """float32 chunks of some columns of a table in global row order, on rank 0; the others send it their rows."""
     world, zero = session.world, session.config.cold == "known-side"
     for part, first, end in stored_order(table.layout):
         owner = 0 if isinstance(table, ReplicatedTable) else table.layout.owner_of_part(part)

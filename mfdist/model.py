@@ -87,6 +87,11 @@ class MF(nn.Module):
         p, q = self.user(user), self.item(item)
         return Scored(self.form.rating_of_score(self.form.score(p, q, self.offset)), p, q)
 
+    def settle(self) -> None:
+        """Bring every row of both tables to the present, in place."""
+        self.user.settle()
+        self.item.settle()
+
 
 class MFAdvanced(MF):
     """prediction = sigmoid_range(<p_u, q_i> + b_u + b_i + offset); without ``bias`` neither biases nor offset."""

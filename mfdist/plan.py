@@ -24,6 +24,8 @@ from mfdist.dataset import Dataset, Manifest
 from mfdist.distributed import World
 from mfdist.embedding import ShardedTable, item_layout, user_layout
 from mfdist.errors import UsageError
+from mfdist.fused import FusedStep
+from mfdist.kernels import stride_of
 from mfdist.loader import Loader
 from mfdist.model import MF, MFAdvanced
 from mfdist.schedule import lanes_of_rank
@@ -112,7 +114,7 @@ def plan_for(config: PlanConfig, dataset: Dataset, ranks: int) -> Plan:
         steps_per_epoch=steps, table_bytes=table_rows(config, manifest, ranks) * row_bytes,
         loader_bytes=loader_bytes(manifest, int(largest), max(lanes)),
         step_bytes=int(batch * 2 * form.width * 4 * 8), base_bytes=resident_bytes(), wire_bytes=wire,
-        checkpoint_bytes=(manifest.num_users + manifest.num_items) * row_bytes,
+        checkpoint_bytes=(manifest.num_users + manifest.num_items) * stored_bytes_of_row(config, form.width),
         epoch_seconds=epoch, total_seconds=None if epoch is None else epoch * config.epochs,
     )  # fmt: skip
 
@@ -134,8 +136,13 @@ def table_rows(config: TrainConfig, manifest: Manifest, ranks: int) -> int:
 
 def bytes_of_row(config: TrainConfig, width: int) -> int:
     """Weights, optimizer state and the number of the last step of one row; a gradient too where tables are whole."""
-    gradient = width if config.sharding == "replicated" else 0
-    return 4 * (width + sum(config.row_optimizer(1).state_widths(width)) + gradient + 1)
+    state = sum(config.row_optimizer(1).state_widths(width))
+    return 4 * (2 * width + state + 1) if config.sharding == "replicated" else 4 * stride_of(width, state)
+
+
+def stored_bytes_of_row(config: TrainConfig, width: int) -> int:
+    """Of one row in a checkpoint."""
+    return 4 * (width + sum(config.row_optimizer(1).state_widths(width)) + 1)
 
 
 def expected_unique(counts: np.ndarray[tuple[int], np.dtype[np.int64]], rows: float) -> float:
@@ -181,15 +188,14 @@ def calibrate(config: PlanConfig, dataset: Dataset, ranks: int) -> Calibration:
 
 
 def _timed(config: PlanConfig, manifest: Manifest, ranks: int, loader: Loader) -> Calibration:
-    model = _share_of_model(config, manifest, ranks, loader.num_steps * config.epochs)
+    model, step = _share_of_model(config, manifest, ranks, loader.num_steps * config.epochs)
     users, items = model.user.layout.num_rows, model.item.layout.num_rows
     steps, seconds, began = 0, 0.0, time.monotonic()
     for batch in loader.epoch(0):
         start = time.monotonic()
-        scored = model(batch.user % users, batch.item % items)
-        ((scored.prediction - batch.rating).square().sum() / batch.global_rows).backward()
-        model.user.apply_gradient()
-        model.item.apply_gradient()
+        loss = step(batch.user % users, batch.item % items, batch.rating, batch.global_rows)
+        if loss.requires_grad:
+            loss.backward()
         steps += 1
         if steps > WARM_UP_STEPS:
             seconds += time.monotonic() - start
@@ -203,13 +209,12 @@ def _timed(config: PlanConfig, manifest: Manifest, ranks: int, loader: Loader) -
         model(batch.user % users, batch.item % items)
     forward = (time.monotonic() - start) / max(len(batch.user), 1)
     start = time.monotonic()
-    for table in (model.user, model.item):
-        table.settle()
+    step.settle()
     settling = time.monotonic() - start
     return Calibration(seconds / timed, settling + forward * manifest.num_ratings["val"] / ranks)
 
 
-def _share_of_model(config: PlanConfig, manifest: Manifest, ranks: int, total_steps: int) -> MF:
+def _share_of_model(config: PlanConfig, manifest: Manifest, ranks: int, total_steps: int) -> tuple[MF, FusedStep]:
     """A model with rank 0's share of the rows, as in the middle of a run: every row touched at some earlier step."""
     lanes = lanes_of_rank(len(manifest.lanes), 0, ranks)
     share = dataclasses.replace(
@@ -224,7 +229,8 @@ def _share_of_model(config: PlanConfig, manifest: Manifest, ranks: int, total_st
         table.step = max(1, total_steps // 2)
         table.rows.last.random_(1, table.step + 1)
         tables.append(table)
-    return (MF if config.model == "mf" else MFAdvanced)(form, *tables)
+    model = (MF if config.model == "mf" else MFAdvanced)(form, *tables)
+    return model, FusedStep(model, optimizer, config.l2, torch.get_num_threads())
 
 
 # Showing it ---------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from mfdist.dataset import Dataset
 from mfdist.distributed import World
 from mfdist.embedding import ReplicatedTable, ShardedTable, Table, item_layout, user_layout
 from mfdist.errors import UsageError
+from mfdist.fused import FusedStep
 from mfdist.loader import Loader
 from mfdist.log import Console, MetricsLog
 from mfdist.model import ITEM_TABLE, MF, USER_TABLE, MFAdvanced
@@ -55,6 +56,7 @@ class Session:
     console: Console
     loader: Loader
     model: MF
+    fused: FusedStep | None  # the step by fast kernels, where they are to be had
     replica: nn.Module  # the model under DistributedDataParallel, where it has anything to reduce
     optimizer: RowOptimizer
     offset_state: tuple[torch.Tensor, ...]
@@ -80,20 +82,25 @@ def build(config: TrainConfig, dataset: Dataset, world: World, console: Console,
         user = ShardedTable(users, form.width, optimizer, world, at_home=True)
         item = ShardedTable(items, form.width, optimizer, world, at_home=False, wire_dtype=wire)
     model = (MF if config.model == "mf" else MFAdvanced)(form, user, item)
-    replica = world.replicate(model)
+    fused = None
+    if config.sharding != "replicated" and world.device.type == "cpu":
+        fused = FusedStep(model, optimizer, config.l2, torch.get_num_threads())
+    replica = world.replicate(fused or model)
+    ranks = f"{world.size} {'rank' if world.size == 1 else 'ranks'} on {world.device.type}"
+    tables = "whole on each rank" if config.sharding == "replicated" else "cut by rows"
     console.info(
-        f"{manifest.name}: {loader.num_rows:,} training ratings, {manifest.num_users:,} users, {manifest.num_items:,} items, "
-        f"order {manifest.order}; {config.model}, {loader.num_steps:,} steps of {config.batch_size:,} an epoch, "
-        f"{world.size} {'rank' if world.size == 1 else 'ranks'} on {world.device.type}, "
-        f"tables {'whole on each rank' if config.sharding == 'replicated' else 'cut by rows'}"
+        f"{manifest.name}: {loader.num_rows:,} training ratings, {manifest.num_users:,} users, "
+        f"{manifest.num_items:,} items, order {manifest.order}; {config.model}, {loader.num_steps:,} steps of "
+        f"{config.batch_size:,} an epoch, {ranks}, tables {tables}"
     )
-    if replica is model and world.size > 1:
+    if replica is (fused or model) and world.size > 1:
         console.info("nothing is replicated in this model, so it runs without DistributedDataParallel")
     assert config.run is not None
     return Session(
-        config, config.run, dataset, world, console, loader, model, replica, optimizer,
+        config, config.run, dataset, world, console, loader, model, fused, replica, optimizer,
         tuple(torch.zeros(1, w, device=world.device) for w in optimizer.state_widths(1)),
-        Validation(dataset, world, config.cold == "known-side"), Progress(), MetricsLog(None), time.monotonic(), time.monotonic(),
+        Validation(dataset, world, config.cold == "known-side"), Progress(), MetricsLog(None), time.monotonic(),
+        time.monotonic(),
     )  # fmt: skip
 
 

@@ -59,21 +59,36 @@ def train_step(session: Session, batch: Batch) -> torch.Tensor:
 
     The loss is the sum over all ranks' rows divided by their number; DDP's reduction adds, it does not average.
     """
-    scored = session.replica(batch.user, batch.item)
-    error = scored.prediction - batch.rating
-    loss = error.square().sum() / batch.global_rows
-    if any(session.config.l2):
-        loss = loss + _penalty(session, scored.user, scored.item) / batch.global_rows
-    loss.backward()
+    sum_of_squares = _fused_step(session, batch) if session.fused else _autograd_step(session, batch)
     model, step = session.model, session.progress.step + 1
-    model.user.apply_gradient()
-    model.item.apply_gradient()
     if model.offset is not None:
         assert model.offset.grad is not None
         weight, grad = model.offset.data.view(1, 1), model.offset.grad.view(1, 1)
         session.optimizer.update(weight, session.offset_state, grad, step)
     session.model.zero_grad(set_to_none=False)
     session.progress.step, session.progress.step_in_epoch = step, batch.step + 1
+    return sum_of_squares
+
+
+def _fused_step(session: Session, batch: Batch) -> torch.Tensor:
+    """The tables move in forward; backward is the offset's."""
+    assert session.fused is not None
+    loss = session.replica(batch.user, batch.item, batch.rating, batch.global_rows)
+    if loss.requires_grad:
+        loss.backward()
+    return session.fused.squared_error
+
+
+def _autograd_step(session: Session, batch: Batch) -> torch.Tensor:
+    """The plain way: torch's autograd through the gathered rows, any device and placement."""
+    scored = session.replica(batch.user, batch.item)
+    error = scored.prediction - batch.rating
+    loss = error.square().sum() / batch.global_rows
+    if any(session.config.l2):
+        loss = loss + _penalty(session, scored.user, scored.item) / batch.global_rows
+    loss.backward()
+    session.model.user.apply_gradient()
+    session.model.item.apply_gradient()
     sum_of_squares: torch.Tensor = error.detach().double().square().sum()
     return sum_of_squares
 
@@ -216,7 +231,8 @@ def _check(
             f"the loss became NaN or infinite in epoch {progress.epoch + 1}, batch {step}{kept}. "
             f"Lower --lr (now {session.config.lr:g}) and start a new run."
         )
-    progress.squared_error += float(summed.sum())
+    for value in summed:  # one by one: how many steps a check covers is a matter of time, the sum must not be
+        progress.squared_error += float(value)
     if stop:
         reason = next(text for text in world.gather(reason) if text)
     return (reason if stop else None), bool(due), float(slowest)
@@ -241,8 +257,7 @@ def _stop(session: Session, reason: str, watch: StopWatch) -> None:
 def _finish_epoch(session: Session, epoch: int) -> None:
     """Settle, evaluate, record, save."""
     progress, config = session.progress, session.config
-    session.model.user.settle()
-    session.model.item.settle()
+    (session.fused or session.model).settle()
     began = time.monotonic()
     summary = session.validation.errors(session.model).summary()
     record = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from mfdist.kernels.rules import AdamRules
+from mfdist.kernels.rules import SHORT_GAP, AdamRules
 
 State = tuple[torch.Tensor, ...]
 
@@ -32,11 +32,24 @@ def adamw_catch_up(weight: torch.Tensor, state: State, last: torch.Tensor, table
     total = _rule_sum(root, tables.nodes[source], tables.weights[source], tables.eps)
     tail = (beta1**gap * torch.exp(-log_gain))[:, None] * tables.weights[step][None, :]
     total -= _rule_sum(root, shrink_v.sqrt()[:, None] * tables.nodes[step][None, :], tail, tables.eps)
+    total = torch.where((gap <= SHORT_GAP)[:, None], _short_sum(root, source, gap, tables), total)
     missed = ((last > 0) & (gap > 0))[:, None]
     weight -= torch.where(missed, m * total, torch.zeros((), device=m.device))
     decay(weight, last, tables.log_decay, step)
     m *= torch.where(missed, shrink_m, torch.ones((), device=m.device))
     v *= torch.where(missed, shrink_v.float()[:, None], torch.ones((), device=m.device))
+
+
+def _short_sum(root: torch.Tensor, source: torch.Tensor, gap: torch.Tensor, tables: AdamTables) -> torch.Tensor:
+    """The sum over the first min(gap, SHORT_GAP) missed steps, term by term."""
+    beta1, beta2 = tables.betas
+    total = torch.zeros_like(root)
+    for j in range(1, SHORT_GAP + 1):
+        t = (source + j).clamp(max=len(tables.amplitude) - 1)
+        a = tables.amplitude[t] * beta1**j * torch.exp(tables.log_decay[source] - tables.log_decay[t])
+        a = torch.where(gap >= j, a, 0.0)
+        total += a.float()[:, None] / (root * (beta2 ** (j / 2) * tables.spread[t]).float()[:, None] + tables.eps)
+    return total
 
 
 def _rule_sum(root: torch.Tensor, nodes: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
@@ -55,6 +68,8 @@ class AdamTables:
         self.nodes = torch.from_numpy(rules.nodes).to(device)
         self.weights = torch.from_numpy(rules.weights).to(device)
         self.log_decay = torch.from_numpy(rules.log_decay).to(device)
+        self.amplitude = torch.from_numpy(rules.amplitude).to(device)
+        self.spread = torch.from_numpy(rules.spread).to(device)
         self.betas, self.eps = rules.betas, rules.eps
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,12 @@ Floats = npt.NDArray[np.float64]
 
 NODES = 8
 """Nodes of a rule: relative error of S below 1e-6 from the first step on, for any v (see tests/test_rules.py)."""
+LATER_NODES = 4
+"""Once the measure is so narrow that four nodes do, the rule becomes one fraction (:meth:`AdamRules.ratios`)."""
+FRACTION_ERROR = 3e-8
+"""Relative error of S that four nodes may have to count as enough."""
+SHORT_GAP = 8
+"""Gaps up to this long are summed as they are: the difference of two rules would cancel there."""
 HORIZON_WEIGHT = 1e-9
 """The sum is cut where a_j has fallen below this share of a_1."""
 
@@ -46,6 +53,37 @@ class AdamRules:
     log_decay: Floats
     betas: tuple[float, float]
     eps: float
+    horizon: int
+    amplitude: Floats
+    spread: Floats
+    """Of each step, lr_t / (1 - b1^t) and 1 / sqrt(1 - b2^t): a gap of up to SHORT_GAP steps is summed term by term."""
+    plain_below: int
+    """Rules before this step have NODES nodes, later ones LATER_NODES (the rest has weight zero)."""
+
+    def ratios(self) -> npt.NDArray[np.float32]:
+        """The rules from ``plain_below`` on as one fraction each, float32 (steps + 1, 9): c, p0..p3, q1..q4.
+
+        With q = sv c + eps and r = sv c / q in [0, 1), S = (p0 + ... + p3 r^3) / (q (1 + q1 r + ... + q4 r^4)): nodes
+        x_k = c (1 + z_k) make sv x_k + eps = q (1 + z_k r). Rows before that step are zero.
+        """
+        found = np.zeros((len(self.nodes), 9))
+        x, a = self.nodes[self.plain_below :, :LATER_NODES], self.weights[self.plain_below :, :LATER_NODES]
+        if len(x):
+            total = a.sum(axis=1)
+            centre = np.where(total > 0, (a * x).sum(axis=1) / np.where(total > 0, total, 1.0), 1.0)
+            z = x / centre[:, None] - 1
+            top = sum(a[:, k : k + 1] * _product(np.delete(z, k, axis=1)) for k in range(LATER_NODES))
+            found[self.plain_below :] = np.concatenate([centre[:, None], top, _product(z)[:, 1:]], axis=1)
+        return found.astype(np.float32)
+
+
+def _product(z: Floats) -> Floats:
+    """Coefficients of the polynomials prod_k (1 + z[:, k] r), lowest power first."""
+    coefficients = np.ones((len(z), 1))
+    for k in range(z.shape[1]):
+        shifted = np.pad(coefficients, ((0, 0), (1, 0))) * z[:, k : k + 1]
+        coefficients = np.pad(coefficients, ((0, 0), (0, 1))) + shifted
+    return coefficients
 
 
 def adam_rules(
@@ -62,14 +100,39 @@ def adam_rules(
     rate = learning_rate(t)
     log_decay = np.concatenate([[0.0], np.cumsum(np.log1p(-rate * weight_decay))])
     nodes, weights = np.ones((steps + 1, NODES)), np.zeros((steps + 1, NODES))
-    for first in range(1, steps + 1, 4096):
-        s = np.arange(first, min(first + 4096, steps + 1))[:, None]
+
+    def measure(first: int, end: int) -> tuple[Floats, Floats]:
+        s = np.arange(first, end)[:, None]
         j = np.arange(1, horizon + 1)[None, :]
         later = s + j
         a = rate[later - 1] * beta1**j / (1 - beta1**later) * np.exp(log_decay[s] - log_decay[later])
-        x = np.sqrt(beta2**j / (1 - beta2**later))
-        nodes[s[:, 0]], weights[s[:, 0]] = gauss_rules(x, a, NODES)
-    return AdamRules(nodes, weights, log_decay[: steps + 1], betas, eps)
+        return np.sqrt(beta2**j / (1 - beta2**later)), a
+
+    until = np.arange(1, steps + 1)
+    amplitude = np.concatenate([[0.0], rate[:steps] / (1 - beta1**until)])
+    spread = np.concatenate([[0.0], 1 / np.sqrt(1 - beta2**until)])
+    plain_below = next((s for s in (32, 64, 128, 256, 512) if s <= steps and _four_do(*measure(s, s + 1))), steps + 1)
+    for first, end in _stretches(plain_below, steps + 1):
+        size = NODES if first < plain_below else LATER_NODES
+        nodes[first:end, :size], weights[first:end, :size] = gauss_rules(*measure(first, end), size)
+    return AdamRules(nodes, weights, log_decay[: steps + 1], betas, eps, horizon, amplitude, spread, plain_below)
+
+
+def _stretches(boundary: int, end: int) -> list[tuple[int, int]]:
+    """[1, end) in pieces of at most 4096, with a cut at ``boundary``."""
+    cuts = sorted({*range(1, end, 4096), min(boundary, end), end})
+    return list(pairwise(cuts))
+
+
+def _four_do(x: Floats, a: Floats) -> bool:
+    """Whether LATER_NODES nodes give S of this measure as exactly as float32 needs, for any sqrt(v) (eps = 1)."""
+    root = 10.0 ** np.arange(-3, 9, 0.25)[:, None]
+    exact = (a / (root * x + 1)).sum(axis=1)
+    nodes, weights = gauss_rules(x, a, LATER_NODES)
+    found = (weights / (root * nodes + 1)).sum(axis=1)
+    return bool(np.abs(found - exact).max() <= FRACTION_ERROR * exact.max()) and bool(
+        (np.abs(found / np.where(exact > 0, exact, 1.0) - 1) <= 10 * FRACTION_ERROR).all()
+    )
 
 
 def horizon_of(betas: tuple[float, float]) -> int:
