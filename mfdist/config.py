@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import operator
 import re
 import sys
 import types
@@ -214,8 +215,8 @@ def _whole(value: Any) -> int:
 def _checked(value: Any, meta: Any) -> Any:
     if meta["choices"] and value not in meta["choices"]:
         raise ValueError(f"expected one of {', '.join(meta['choices'])}")
-    for name, holds, words in (("at_least", lambda a, b: a >= b, "at least"), ("above", lambda a, b: a > b, "above"),
-                               ("at_most", lambda a, b: a <= b, "at most")):  # fmt: skip
+    for name, holds, words in (("at_least", operator.ge, "at least"), ("above", operator.gt, "above"),
+                               ("at_most", operator.le, "at most")):  # fmt: skip
         if meta[name] is not None and not holds(value, meta[name]):
             raise ValueError(f"expected a number {words} {meta[name]}")
     return value
@@ -224,7 +225,7 @@ def _checked(value: Any, meta: Any) -> Any:
 def _plain_type(hint: Any) -> type:
     """``int`` of ``int | None``."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     return hint  # type: ignore[no-any-return]
 
 

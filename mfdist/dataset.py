@@ -96,8 +96,11 @@ class Manifest:
             )
         try:
             table["lanes"] = tuple(
-                Lane(user_ranges=tuple((a, b) for a, b in lane.pop("user_ranges")),
-                     files=tuple(lane.pop("files")), **lane)  # fmt: skip
+                Lane(
+                    user_ranges=tuple((a, b) for a, b in lane.pop("user_ranges")),
+                    files=tuple(lane.pop("files")),
+                    **lane,
+                )
                 for lane in table["lanes"]
             )
             table["files"] = tuple(FileEntry(**entry) for entry in table["files"])

@@ -12,13 +12,13 @@ from mfdist.dataset import Dataset
 from mfdist.errors import UsageError
 
 RUNS, BUILTIN = "runs", "data/builtin"
-OWN = ("config.toml", "run.json", "metrics.jsonl", "report.json", "report.html", "loss.png", "tensorboard", "checkpoints",
-       "model", "STOP")  # fmt: skip
+OWN = ("config.toml", "run.json", "metrics.jsonl", "report.json", "report.html", "loss.png", "tensorboard",
+       "checkpoints", "model", "STOP")  # fmt: skip
 """What a run directory holds; --overwrite removes these names and nothing else."""
 
 
 def numbered(restarted: bool) -> str:
-    """A new folder runs/0001, runs/0002, ...; after a restart by torchrun the newest unfinished one, if there is any."""
+    """A new folder runs/0001, runs/0002, ...; after a restart by torchrun the newest unfinished one, if any."""
     numbers = [int(name) for name in storage.list_names(RUNS) if name.isdigit()]
     newest = f"{RUNS}/{max(numbers):04d}" if numbers else None
     if restarted and newest and storage.exists(f"{newest}/run.json") and not storage.exists(f"{newest}/report.json"):

@@ -129,7 +129,8 @@ def check_changes(before: dict[str, Any], now: TrainConfig) -> list[str]:
     if refused:
         shown = "; ".join(line for line in lines if line.split(":")[0].replace("-", "_") in refused)
         raise UsageError(
-            f"this run was begun with another configuration ({shown}). Give the old values, another --run, or --overwrite."
+            f"this run was begun with another configuration ({shown}). "
+            "Give the old values, another --run, or --overwrite."
         )
     return lines
 

@@ -30,6 +30,8 @@ def config_of(dataset: Dataset, **changes: Any) -> plan.PlanConfig:
 
 
 def tensor_bytes(table: torch.nn.Module) -> int:
+    if isinstance(table, ShardedTable):
+        return table.packed.numel() * 4
     rows = table.rows
     return sum(t.numel() * t.element_size() for t in (rows.weight, *rows.state, rows.last))
 
@@ -121,3 +123,15 @@ def test_more_ranks_than_lanes_and_no_data_are_refused(dataset: Dataset) -> None
         plan.plan(config_of(dataset, ranks=(8,)))
     with pytest.raises(UsageError, match="--data"):
         plan.plan(plan.PlanConfig())
+
+
+def test_checkpoint_bytes(dataset: Dataset, tmp_path: Path) -> None:
+    from mfdist.train import train
+
+    run = tmp_path / "run"
+    config = config_of(dataset, epochs=1, run=str(run), device="cpu", keep=1)
+    with World.open("cpu") as world:
+        train(config, world)
+    files = [path for path in run.glob("checkpoints/*/*") if path.suffix == ".distcp"]
+    planned = plan.plan_for(config, dataset, 1).checkpoint_bytes
+    assert planned <= sum(path.stat().st_size for path in files) <= 1.25 * planned + 200_000
