@@ -12,6 +12,7 @@ result depends neither on the order of the rows nor on files, chunks, threads or
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -152,6 +153,24 @@ def _fingerprints(config: PrepareConfig) -> list[str]:
     return [file_fingerprint(s) for s in [*find_sources(config.sources), *find_sources(config.val, val=True)]]
 
 
+OWN_NAMES = {MANIFEST, "train", "val", "report", "users.parquet", "items.parquet", "rejected.parquet", ".scratch"}
+_OWN_FILE = re.compile(r"lane-\d+.*\.parquet|(ratings|ratings_per_user|ratings_per_item|activity)\.png.*|index\.html.*")
+
+
+def check_target(out: str) -> None:
+    """UsageError where making a dataset in ``out`` would remove files that no dataset has."""
+    names = [name for name in storage.list_names(out) if not re.fullmatch(r".*\.(next|\d+\.tmp)", name)]
+    foreign = [name for name in names if name not in OWN_NAMES]
+    for folder in ("train", "val", "report"):
+        inside = storage.list_names(storage.join(out, folder)) if folder in names else []
+        foreign += [f"{folder}/{name}" for name in inside if not _OWN_FILE.fullmatch(name)]
+    if foreign:
+        raise UsageError(
+            f"{storage.redact(out)} is no dataset and holds other files ({', '.join(foreign[:3])}); choose an --out "
+            "that is empty or does not exist."
+        )
+
+
 def scratch_folder(out: str) -> str:
     """A fresh local folder for what does not fit in memory; one left by a killed job is removed."""
     if not storage.is_local(out):
@@ -171,6 +190,7 @@ def _prepared(
 ) -> Dataset:
     from mfdist.assemble import assemble
 
+    check_target(config.target)
     made = storage.is_local(config.target) and not os.path.exists(storage.local_path(config.target))
     scratch = scratch_folder(config.target)
     try:

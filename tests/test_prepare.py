@@ -328,6 +328,17 @@ def test_the_same_command_again_and_another(tmp_path: Path, capsys: pytest.Captu
     run(source, "--out", tmp_path / "d", "--seed", 1, "--overwrite")
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "train/photo.jpg", "report/thesis.pdf"])
+def test_other_files_are_never_removed(name: str, tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "a.csv", sample())
+    kept = tmp_path / "d" / name
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    with pytest.raises(UsageError, match="holds other files"):
+        run(source, "--out", tmp_path / "d", "--overwrite")
+    assert kept.read_text() == "mine"
+
+
 def test_verify_names_the_damage(tmp_path: Path) -> None:
     dataset = run(write_csv(tmp_path / "a.csv", sample()), "--out", tmp_path / "d", "--lanes", 2)
     run("--verify", tmp_path / "d")
