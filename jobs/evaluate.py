@@ -1,7 +1,7 @@
 """Evaluate runs on their validation rows: one table with floors, slices and tested differences.
 
 python jobs/evaluate.py runs/advanced
-torchrun --nproc_per_node=4 jobs/evaluate.py runs/advanced runs/svd --out comparison.json
+python -m mfdist.launch --nproc_per_node=4 jobs/evaluate.py runs/advanced runs/svd --out comparison.json
 python jobs/evaluate.py runs/advanced --require-better runs/svd     # ends with 5 unless it is
 """
 

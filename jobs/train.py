@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a matrix factorization model on a prepared dataset.
 
-    torchrun --nproc_per_node=4 jobs/train.py --data data/electronics --run runs/advanced
+    python -m mfdist.launch --nproc_per_node=4 jobs/train.py --data data/electronics --run runs/advanced
     python jobs/train.py --data data/electronics --run runs/mf --config jobs/configs/vignette_mf.toml
 
 The same command continues a run that was stopped. Without --data a small built-in dataset is made and used.
