@@ -9,7 +9,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
@@ -50,19 +49,18 @@ class Progress:
         if speaks and sys.stderr.isatty():
             self._bar = tqdm(desc=label, total=total, initial=start, unit=" " + unit, unit_scale=True, leave=False)
 
-    def advance(self, units: int, note: Callable[[], str] | None = None) -> None:
-        """``units`` more are done; ``note`` is asked for its text only when something is shown."""
+    def advance(self, units: int, note: str = "") -> None:
+        """``units`` more are done; ``note`` stands behind the line when one is shown."""
         self._done += units
         if self._bar is not None:
             self._bar.update(units)
         now = time.monotonic()
         if self._speaks and now - self._spoke >= PLAIN_INTERVAL_SECONDS:
             self._spoke = now
-            text = note() if note else ""
             if self._bar is not None:
-                self._bar.set_postfix_str(text, refresh=False)
+                self._bar.set_postfix_str(note, refresh=False)
             else:
-                print(self._line(now, text), flush=True)
+                print(self._line(now, note), flush=True)
 
     def _line(self, now: float, text: str) -> str:
         rate = (self._done - self._start) / max(now - self._began, 1e-9)

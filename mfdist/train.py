@@ -181,20 +181,20 @@ def _train_epoch(session: Session, epoch: int, watch: StopWatch) -> None:
     progress, began, waited = session.progress, time.monotonic(), session.loader.stats.wait_seconds
     seconds_before = progress.seconds
     pending: list[torch.Tensor] = []
+    shown = ""
     next_check, last_check = progress.step + 1, began
     total = session.loader.num_rows
     with session.console.progress(f"epoch {epoch + 1}/{session.config.epochs}", total, progress.rows) as bar:
         for batch in session.loader.epoch(epoch, progress.step_in_epoch):
             pending.append(train_step(session, batch))
             progress.rows += batch.global_rows
-            bar.advance(
-                batch.global_rows, lambda: f"rmse {(progress.squared_error / max(1, progress.rows)) ** 0.5:.4f}"
-            )
+            bar.advance(batch.global_rows, shown)
             due = _step_due(session)
             if progress.step >= next_check or due or progress.step_in_epoch == session.loader.num_steps:
                 steps, spent = len(pending), time.monotonic() - last_check
                 reason, minutes_due, slowest = _check(session, pending, watch, spent)
                 pending, last_check = [], time.monotonic()
+                shown = f"rmse {(progress.squared_error / max(1, progress.rows)) ** 0.5:.4f}"
                 next_check = progress.step + max(1, min(50, int(CHECK_SECONDS * steps / max(slowest, 1e-6))))
                 progress.seconds = seconds_before + time.monotonic() - began
                 last = progress.step_in_epoch == session.loader.num_steps
