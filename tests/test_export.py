@@ -229,21 +229,21 @@ def test_an_object_store_gets_whole_objects_or_none(dataset, monkeypatch):
     host, port = store.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
     try:
-        fsspec.filesystem("s3").mkdir("bucket")
-        tables = export("s3://bucket/run", dataset)
-        model = ExportedModel.open("s3://bucket/run")
+        fsspec.filesystem("s3").mkdir("exports")
+        tables = export("s3://exports/run", dataset)
+        model = ExportedModel.open("s3://exports/run")
         assert model.user_embedding.tobytes() == tables["user_embedding"].tobytes()
         big = os.urandom(1 << 20) * 12  # more than one part of a multipart upload
-        with storage.open_write("s3://bucket/big") as stream:
+        with storage.open_write("s3://exports/big") as stream:
             for first in range(0, len(big), 1 << 20):
                 stream.write(big[first : first + (1 << 20)])
-        assert storage.read_bytes("s3://bucket/big") == big
+        assert storage.read_bytes("s3://exports/big") == big
         for size in (10, len(big)):
             with pytest.raises(OSError, match="broken"):
-                with storage.open_write("s3://bucket/never") as stream:
+                with storage.open_write("s3://exports/never") as stream:
                     stream.write(big[:size])
                     raise OSError("broken")
-            assert not storage.exists("s3://bucket/never")
+            assert not storage.exists("s3://exports/never")
     finally:
         fsspec.get_filesystem_class("s3").clear_instance_cache()  # it remembers this server's address
         store.stop()

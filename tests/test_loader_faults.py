@@ -285,10 +285,10 @@ def test_from_a_slow_failing_s3_server_come_the_same_batches(
     local = make_dataset(tmp_path, 40_000, 4, row_group=400)
     s3fs.S3FileSystem.clear_instance_cache()
     store = fsspec.filesystem("s3")
-    store.mkdir("bucket")
-    store.put(str(tmp_path), "bucket/data", recursive=True)
+    store.mkdir("ratings")
+    store.put(str(tmp_path), "ratings/data", recursive=True)
     slow_failing_s3.clear()
-    with Loader(Dataset.open("s3://bucket/data"), batch_size=64, seed=1, rank=0, world_size=1) as loader:
+    with Loader(Dataset.open("s3://ratings/data"), batch_size=64, seed=1, rank=0, world_size=1) as loader:
         got = [np.stack([b.user.numpy(), b.item.numpy(), b.rating.numpy()], 1) for b in loader.epoch(0)]
     want = epoch_rows(local, batch_size=64)
     assert np.array_equal(np.concatenate(got), want)
