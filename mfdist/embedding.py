@@ -330,7 +330,7 @@ class _Exchange:
         wire = values.dtype if exact else self.table._wire
         outgoing = values[self.place].to(wire)
         incoming = torch.empty(sum(self.sent), values.shape[1], dtype=wire, device=values.device)
-        self.table.count_wire(outgoing, self.received) if len(outgoing) else None
+        self.table.count_wire(outgoing, self.received)
         self.table.world.all_to_all(incoming, outgoing, self.sent, self.received)
         return incoming.to(values.dtype)
 
@@ -340,7 +340,7 @@ class _Exchange:
             return grad
         outgoing = grad.to(self.table._wire)
         incoming = torch.empty(len(self.place), grad.shape[1], dtype=outgoing.dtype, device=grad.device)
-        self.table.count_wire(outgoing, self.sent) if len(outgoing) else None
+        self.table.count_wire(outgoing, self.sent)
         self.table.world.all_to_all(incoming, outgoing, self.received, self.sent)
         total = torch.zeros(len(self.mine), grad.shape[1], device=grad.device)
         for place, part in zip(

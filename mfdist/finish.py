@@ -14,7 +14,6 @@ import torch
 
 from mfdist import checkpoint, export, report, storage
 from mfdist.config import to_dict
-from mfdist.dataset import Dataset
 from mfdist.embedding import ReplicatedTable, Table, stored_order
 from mfdist.floors import floors
 from mfdist.session import Session, checkpoint_tensors, chosen_epoch
@@ -61,7 +60,7 @@ def finish(session: Session) -> dict[str, Any]:
 
 def _export(session: Session) -> None:
     """RUN/model: rank 0 writes, the owners send their rows part by part."""
-    form, world, manifest = session.model.form, session.world, session.dataset.manifest
+    form, world = session.model.form, session.world
     shapes: dict[str, tuple[tuple[int, ...], Iterable[Any]]] = {}
     for side, table in (("user", session.model.user), ("item", session.model.item)):
         rows = table.layout.num_rows
@@ -75,7 +74,7 @@ def _export(session: Session) -> None:
         "sigmoid_range": list(form.sigmoid_range) if form.sigmoid_range else None, "cold": session.config.cold,
     }  # fmt: skip
     if world.is_main:
-        export.write_model(session.run, shapes, about, Dataset(session.dataset.path, manifest))
+        export.write_model(session.run, shapes, about, session.dataset)
     else:
         for _, chunks in shapes.values():
             for _ in chunks:

@@ -64,6 +64,10 @@ class FusedStep(nn.Module):
         loss_of: torch.Tensor = _Fused.apply(offset, self, user, item, rating, global_rows)  # type: ignore[no-untyped-call]
         return loss_of
 
+    def close(self) -> None:
+        """End the kernels' threads."""
+        self._workers.close()
+
     def settle(self) -> None:
         """Bring every row of both tables to the present, in place."""
         for table in (self._user, self._item):

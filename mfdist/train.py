@@ -45,13 +45,17 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
         return None
     with StopWatch(config.run, config.max_minutes) as watch, _open_loader(config, dataset, world) as loader:
         session = build(config, dataset, world, console, loader)
-        restore_or_initialise(session)
-        for epoch in range(session.progress.epoch, config.epochs):
-            _train_epoch(session, epoch, watch)
-            _finish_epoch(session, epoch)
-            if _out_of_patience(session):
-                break
-        return finish(session)
+        try:
+            restore_or_initialise(session)
+            for epoch in range(session.progress.epoch, config.epochs):
+                _train_epoch(session, epoch, watch)
+                _finish_epoch(session, epoch)
+                if _out_of_patience(session):
+                    break
+            return finish(session)
+        finally:
+            if session.fused:
+                session.fused.close()
 
 
 def train_step(session: Session, batch: Batch) -> torch.Tensor:
