@@ -136,9 +136,9 @@ def append(config: PrepareConfig, dataset: Dataset, read: Ingest, scratch: str, 
     salt = int(manifest.extra["salt"])
     users, items = (compare(dataset, side, ids.read(), salt) for side, ids in zip(("users", "items"), read.ids,
                                                                                    strict=True))  # fmt: skip
-    groups = Groups(read, config.duplicates, group_bounds(counts, GROUP_ROWS), os.cpu_count() or 1)
+    bounds = group_bounds(counts, GROUP_ROWS)
     try:
-        parts = list(groups())
+        parts = list(Groups(read, config.duplicates, counts, bounds, os.cpu_count() or 1, console)("count"))
     except Duplicates as pair:
         raise DataError(named_pair(read, pair)) from None
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import count as numbers_from, pairwise
 from typing import Any
 
 import numpy as np
@@ -41,11 +41,17 @@ class Groups:
 
     read: Ingest
     policy: str
+    counts: npt.NDArray[np.int64]  # rows of every bucket
     bounds: list[tuple[int, int]]
     threads: int
+    console: Console
 
-    def __call__(self) -> Iterator[Arrays]:
-        yield from ahead(self.bounds, self.group, self.threads)
+    def __call__(self, label: str) -> Iterator[Arrays]:
+        """One pass over the groups, in order; the console shows how far it is under ``label``."""
+        with self.console.progress(label, self.read.rows.rows) as progress:
+            for bounds, rows in zip(self.bounds, ahead(self.bounds, self.group, self.threads), strict=True):
+                yield rows
+                progress.advance(int(self.counts[slice(*bounds)].sum()))
 
     def group(self, bounds: tuple[int, int]) -> Arrays:
         rows = self.read.rows.read(*bounds)
@@ -108,7 +114,7 @@ def assemble(config: PrepareConfig, read: Ingest, request: dict[str, Any], scrat
     max_users, _ = read.ids[0].finish(), read.ids[1].finish()
     threads = os.cpu_count() or 1
     most = max(1 << 16, min(GROUP_ROWS, config.memory // ROW_COST // (3 * threads)))
-    groups = Groups(read, config.duplicates, group_bounds(counts, most), threads)
+    groups = Groups(read, config.duplicates, counts, group_bounds(counts, most), threads, console)
     check_memory(int(counts.max()), config.memory, "one part of the users", "--memory")
     try:
         plan = make_plan(config, read, groups, max_users, console)
@@ -156,10 +162,12 @@ def make_plan(config: PrepareConfig, read: Ingest, groups: Groups, max_users: in
     alive, merged_rows, kept_rows = None, 0, read.rows.rows
     if config.min_user_ratings > 1 or config.min_item_ratings > 1:
         console.info("counting ratings per user and item until no more are removed")
-        alive = core(groups, all_items, config.min_user_ratings, config.min_item_ratings)
+        passes = numbers_from(1)
+        alive = core(lambda: groups(f"minimum counts, pass {next(passes)}"), all_items, config.min_user_ratings,
+                     config.min_item_ratings)  # fmt: skip
     if config.duplicates != "keep" or alive is not None:
         after_merge, kept_rows, present = 0, 0, np.zeros(all_items.hashes.size, np.bool_)
-        for group in groups():
+        for group in groups("count"):
             after_merge += group["user"].size
             rows = survivors(group, all_items, alive, config.min_user_ratings)
             kept_rows += rows["user"].size
@@ -183,7 +191,7 @@ def with_time_cut(plan: Plan, config: PrepareConfig, read: Ingest, groups: Group
     early, late = read.time_range
 
     def kept() -> Iterator[Arrays]:
-        for rows in groups():
+        for rows in groups("time of the split"):
             yield survivors(rows, plan.all_items, plan.alive, config.min_user_ratings)
 
     cut = time_cut(kept, early, late, config.val_fraction)

@@ -12,7 +12,6 @@ Without ``--data`` a dataset of random rows is written as prepare writes it. ``-
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
@@ -25,11 +24,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from mfdist.dataset import Dataset
+from mfdist import storage
+from mfdist.dataset import MANIFEST, Dataset, Lane, Manifest, fingerprint
+from mfdist.lanes import ParquetFile, rating_schema, row_group_rows
 from mfdist.loader import Loader
 
 BATCHES = (8192, 65536)
@@ -47,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        dataset = Dataset.open(flags.data) if flags.data else _generate(folder, flags.rows, flags.lanes)
+        dataset = Dataset.open(flags.data) if flags.data else generate(folder, flags.rows, flags.lanes)
         rows = _measure(_systems(dataset, flags), flags.rounds, dataset)
     _print(rows)
     if flags.json:
@@ -56,17 +59,31 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _generate(folder: str, rows: int, lanes: int) -> Dataset:
-    """By the tests' helper, loaded by its file: its name is that of a peer."""
-    helper = Path(__file__).resolve().parent.parent / "tests" / "datasets.py"
-    spec = importlib.util.spec_from_file_location("datasets_of_tests", helper)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    group = min(262_144, max(32_768, 8_388_608 // lanes))
-    return module.make_dataset(
-        folder, rows, lanes, users=max(lanes, rows // 2), items=max(1, rows // 16), row_group=group
-    )
+def generate(path: str, rows: int, lanes: int) -> Dataset:
+    """Random training rows in lanes of equal size, written as prepare writes them; without vocabulary files."""
+    users, items, rng = max(lanes, rows // 2), max(1, rows // 16), np.random.default_rng(1)
+    schema, files, entries = rating_schema(pa.int32(), False), [], []
+    for lane in range(lanes):
+        first, end = users * lane // lanes, users * (lane + 1) // lanes
+        size = rows * (lane + 1) // lanes - rows * lane // lanes
+        columns = {
+            "user": rng.integers(first, end, size, np.int32),
+            "item": (rng.random(size, np.float32) ** 2 * (items - 1)).astype(np.int32),
+            "rating": rng.integers(1, 6, size, np.int8).astype(np.float32),
+        }
+        name = f"train/lane-{lane:05d}.parquet"
+        with ParquetFile(path, name, schema, path, use_dictionary=["rating"], write_statistics=True) as file:
+            file.write(pa.table(columns, schema=schema), row_group_rows(lanes))
+        entries.append(file.done)
+        files.append(Lane(user_ranges=((first, end),), train_rows=size, val_rows=0, files=(name,)))
+    manifest = Manifest(
+        name="random rows", num_users=users, num_items=items, num_ratings={"train": rows, "val": 0},
+        rating_scale=(1.0, 5.0), rating_step=1.0, rating_histogram=[], global_mean=3.0, lanes=tuple(files),
+        order="random", split={"kind": "random"}, fingerprint=fingerprint([entry.checksum for entry in entries]),
+        sources=[], rejected={}, filtered=0, merged=0, files=tuple(entries),
+    )  # fmt: skip
+    storage.write_text(storage.join(path, MANIFEST), manifest.to_json())
+    return Dataset.open(path)
 
 
 def _systems(dataset: Dataset, flags: Any) -> list[dict[str, Any]]:

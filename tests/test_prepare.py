@@ -26,13 +26,17 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
-from mfdist import ids, prepare_frame, readers
+from mfdist import ids, lanes, prepare_frame, readers
 from mfdist.config import parse_config
 from mfdist.dataset import Dataset, verify
+from mfdist.distributed import World
 from mfdist.errors import DataError, UsageError, exit_code_of
 from mfdist.log import Console
 from mfdist.prepare import PrepareConfig, prepare
+from mfdist.train import train
+from mfdist.train_config import TrainConfig
 
 Row = tuple[Any, ...]
 
@@ -578,26 +582,78 @@ def test_movielens_in_its_three_layouts(layout: str, tmp_path: Path) -> None:
     assert (sum(m.num_ratings.values()), m.num_users, m.num_items) == (100_000, 943, 1_682)
 
 
-def test_lanes_are_even_and_their_order_is_random(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", ["random", "blocks"])
+def test_lanes_are_even_and_every_row_group_is_a_fair_sample(
+    order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source is sorted by item and time; neither may show in the lanes, their row groups, or the user rows."""
+    monkeypatch.setattr(lanes, "row_group_rows", lambda num_lanes: 1500)
     rng = np.random.default_rng(0)
     n = 60_000
     user, item = rng.integers(0, 20_000, n), np.sort(rng.integers(0, 2000, n))
     frame = pl.DataFrame({"user_id": user, "item_id": item, "rating": rng.integers(1, 6, n), "timestamp": np.arange(n)})
-    dataset = prepare_frame(frame, tmp_path / "d", lanes=4)
+    dataset = prepare_frame(frame, tmp_path / "d", lanes=4, order=order)
     sizes = [lane.train_rows + lane.val_rows for lane in dataset.manifest.lanes]
     assert max(abs(s / np.mean(sizes) - 1) for s in sizes) < 0.02
+    source_place = np.array([int(i) for i in dataset.ids("items").to_pylist()])
+    groups = 0
     for lane in range(4):
         (entry,) = dataset.lane_files("train", lane)
-        table = pq.read_table(dataset.file_path(entry))
-        for name in ("user", "item", "timestamp"):
-            values = table.column(name).to_numpy()
-            correlation = np.corrcoef(np.arange(values.size), values)[0, 1]
-            assert abs(correlation) < 4 / np.sqrt(values.size), f"lane {lane}: {name} follows the order"
-        assert abs(table.column("timestamp").to_numpy().mean() / (n / 2) - 1) < 0.05
+        with pq.ParquetFile(dataset.file_path(entry)) as file:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group)
+                facts = {
+                    "item": source_place[table.column("item").to_numpy()] / 2000,
+                    "time": table.column("timestamp").to_numpy() / n,
+                    "rating": (table.column("rating").to_numpy() - 0.5) / 5,
+                }
+                place = np.linspace(-1, 1, table.num_rows)
+                noise = np.sqrt(1 / 12 / table.num_rows)  # of the mean of so many uniform numbers
+                for name, values in facts.items():
+                    where = f"lane {lane}, row group {group}: {name}"
+                    assert abs(values.mean() - 0.5) < 4.5 * noise, f"{where} is not that of the whole"
+                    follows = np.corrcoef(place, values)[0, 1]
+                    assert abs(follows) < 4.5 / np.sqrt(table.num_rows), f"{where} follows the order"
+                groups += 1
+    assert groups >= 4 * 8
     rows = np.array([int(u) for u in dataset.ids("users").to_pylist()])
     first_seen = {u: k for k, u in reversed(list(enumerate(user.tolist())))}
     seen = np.array([first_seen[u] for u in rows])
     assert abs(np.corrcoef(np.arange(seen.size), seen)[0, 1]) < 4 / np.sqrt(seen.size)
+
+
+def test_training_goes_on_with_an_appended_dataset(tmp_path: Path) -> None:
+    """Known ids keep their rows and values, new ones begin at initial values, and training learns from both."""
+    rows = sample(n=5000, users=400)
+    old = [r for r in rows if int(r[0][1:]) < 300 and r[1] != "i5"]
+    run(write_csv(tmp_path / "old.csv", old), "--out", tmp_path / "d", "--lanes", 4)
+    first = trained(tmp_path, "first", epochs=2)
+    run(write_csv(tmp_path / "new.csv", [r for r in rows if r not in old]), "--out", tmp_path / "d", "--append")
+    # steps too small to move a float32: what is exported is what the run began with
+    begun = trained(tmp_path, "begun", init_from=str(tmp_path / "first"), epochs=1, lr=1e-30, weight_decay=0.0)
+    for side in ("user", "item"):
+        before, after = first[side], begun[side]
+        assert len(before) < len(after), f"the append brought no {side}"
+        assert all(after[name].tolist() == row.tolist() for name, row in before.items())
+        fresh = np.stack([row for name, row in after.items() if name not in before])
+        assert (fresh[:, :-1] >= 0).all() and (fresh[:, :-1] <= 0.05).all() and (np.abs(fresh[:, -1]) < 1e-20).all()
+    more = trained(tmp_path, "more", init_from=str(tmp_path / "first"), epochs=2)
+    moved = [np.abs(more["user"][name] - row).max() > 0 for name, row in begun["user"].items()]
+    assert all(moved)
+
+
+def trained(folder: Path, name: str, **settings: Any) -> dict[str, dict[str, np.ndarray]]:
+    """Train on ``folder``/d; the exported row, bias last, of every user and item id."""
+    config = TrainConfig(data=str(folder / "d"), run=str(folder / name), emb_dim=4, batch_size=512, device="cpu",
+                         **{"lr": 0.01, **settings})  # fmt: skip
+    train(config, World.alone(), Console(speaks=False))
+    tensors = load_file(folder / name / "model/model.safetensors")
+    found = {}
+    for side in ("user", "item"):
+        ids = pq.read_table(folder / name / f"model/{side}s.parquet").column("id").to_pylist()
+        rows = np.column_stack([tensors[f"{side}_embedding"], tensors[f"{side}_bias"]])
+        found[side] = dict(zip(ids, rows, strict=True))
+    return found
 
 
 @pytest.mark.slow
