@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import count as numbers_from, pairwise
+from itertools import count as numbers_from
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
