@@ -1,19 +1,14 @@
-"""A dataset that grows: ``--append`` adds files, ``--compact`` merges what appends have left.
+"""``--append``: new files added to a dataset.
 
 Known ids keep their rows, so that a model of the old dataset can go on with the new one. New users are numbered after
 all others, lane by lane in hash order, each lane getting what it lacks of an even share; new items after all others.
 The split's rule applies to the added rows alone; so do duplicates. The added rows and 24 bytes an id must fit
 ``--memory``.
-
-Old files are never written over. What replaces them waits beside them as NAME.next; when all of it is there
-``dataset.json.next`` is written, and from then on a job that was killed is finished by the next one.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -25,62 +20,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mfdist import storage
-from mfdist.assemble import (
-    GROUP_ROWS,
-    INT32_ROWS,
-    Groups,
-    ItemCounts,
-    check_memory,
-    group_bounds,
-    named_pair,
-    rating_facts,
-    say_totals,
-)
-from mfdist.dataset import MANIFEST, Dataset, FileEntry, Lane, Manifest, fingerprint
+from mfdist.amend import NEXT, REPLACED, commit, ordered_files
+from mfdist.assemble import named_pair, rating_facts, say_totals
+from mfdist.counting import GROUP_ROWS, INT32_ROWS, Groups, check_memory, group_bounds
+from mfdist.dataset import Dataset, FileEntry, Lane, Manifest, fingerprint
 from mfdist.dataset_report import write_dataset_report
 from mfdist.errors import DataError, UsageError
 from mfdist.ids import HashCollision, RowTable, hash_ids
 from mfdist.ingest import REJECTED_SCHEMA, Ingest
-from mfdist.lanes import DAY_SECONDS, LaneFacts, LaneWriter, ParquetFile, add_days, lanes_of_users
+from mfdist.lanes import LaneWriter, ParquetFile, lanes_of_users
 from mfdist.log import Console
 from mfdist.prepare_config import PrepareConfig
 from mfdist.spill import Arrays, Ids, sorted_ids
-from mfdist.split import Duplicates, SplitRule, choose, fates, occurrences, time_cut
+from mfdist.split import Duplicates, SplitRule, choose, time_cut
+from mfdist.survey import survey
 from mfdist.vocabulary import vocabulary_file
 
-NEXT = ".next"
-REPLACED = ("users.parquet", "items.parquet", "rejected.parquet")
 Counts = npt.NDArray[np.int64]
-
-
-def open_finished(root: str) -> Dataset:
-    """Open a dataset to change it, after finishing or clearing away what a killed job has left."""
-    pending = storage.join(root, MANIFEST + NEXT)
-    if storage.exists(pending):
-        roll_forward(root)
-    dataset = Dataset.open(root)
-    for name in REPLACED:
-        storage.remove(storage.join(root, name + NEXT))
-    return dataset
-
-
-def roll_forward(root: str) -> None:
-    """Put what waits as NAME.next in its place, the manifest last."""
-    text = storage.read_text(storage.join(root, MANIFEST + NEXT))
-    for name in REPLACED:
-        waiting = storage.join(root, name + NEXT)
-        if storage.exists(waiting):
-            fs, inner = storage.filesystem(waiting)
-            fs.mv(inner, inner.removesuffix(NEXT))
-    storage.write_text(storage.join(root, MANIFEST), text)
-    storage.remove(storage.join(root, MANIFEST + NEXT))
-
-
-def commit(root: str, manifest: Manifest) -> Dataset:
-    """Make ``manifest`` the dataset's; every file it names is there, some as NAME.next."""
-    storage.write_text(storage.join(root, MANIFEST + NEXT), manifest.to_json())
-    roll_forward(root)
-    return Dataset.open(root)
 
 
 @dataclass(frozen=True)
@@ -239,57 +195,6 @@ def grow(manifest: Manifest, read: Ingest, lanes: list[Lane], files: list[FileEn
     )  # fmt: skip
 
 
-def ordered_files(manifest: Manifest) -> list[FileEntry]:
-    """The lanes' files in lane order."""
-    entries = {entry.path: entry for entry in manifest.files}
-    return [entries[name] for lane in manifest.lanes for name in lane.files]
-
-
-@dataclass
-class Survey:
-    """What all rows of a dataset add up to."""
-
-    facts: LaneFacts
-    items: ItemCounts
-    user_train: Counts
-    user_all: Counts
-    cold_user_val: int
-
-
-def survey(root: str, manifest: Manifest) -> Survey:
-    """Read every lane file once. Needs 16 bytes a user and 24 an item."""
-    train, both = np.zeros(manifest.num_users, np.int64), np.zeros(manifest.num_users, np.int64)
-    found = Survey(LaneFacts(), ItemCounts.zeros(manifest.num_items), train, both, 0)
-    files = sorted(ordered_files(manifest), key=lambda entry: not entry.path.startswith("train/"))
-    for entry in files:
-        is_val = entry.path.startswith("val/")
-        rows = read_rows(root, entry, manifest)
-        found.user_all += np.bincount(rows["user"], minlength=manifest.num_users)
-        values = dict(zip(*(x.tolist() for x in np.unique(rows["rating"], return_counts=True)), strict=True))
-        found.facts.add(LaneFacts({} if is_val else values, values if is_val else {}))
-        if manifest.has_timestamp:
-            add_days(found.facts.days, rows["time"] // (DAY_SECONDS * manifest.extra["time_unit"]))
-        if is_val:  # every training file was counted before
-            cold = found.user_train[rows["user"]] == 0
-            found.cold_user_val += int(np.count_nonzero(cold))
-            found.items.val += np.bincount(rows["item"], minlength=manifest.num_items)
-            found.items.val_of_cold += np.bincount(rows["item"][cold], minlength=manifest.num_items)
-        else:
-            found.user_train += np.bincount(rows["user"], minlength=manifest.num_users)
-            found.items.train += np.bincount(rows["item"], minlength=manifest.num_items)
-    return found
-
-
-def read_rows(root: str, entry: FileEntry, manifest: Manifest) -> Arrays:
-    """One lane file as columns 'user', 'item' (int64), 'rating' and maybe 'time'."""
-    fs, inner = storage.arrow_filesystem(storage.join(root, entry.path))
-    with pq.ParquetFile(inner, filesystem=fs) as file:
-        table = file.read()
-    rows = {name: table.column(name).to_numpy() for name in ("user", "item", "rating")}
-    rows = {name: values.astype(np.int64) if name != "rating" else values for name, values in rows.items()}
-    return {**rows, "time": table.column("timestamp").to_numpy()} if manifest.has_timestamp else rows
-
-
 def finish(dataset: Dataset, grown: Manifest, new: tuple[Ids, Ids], rejected: str, scratch: str) -> Dataset:
     """Survey, vocabulary, refused rows, report, manifest."""
     root, old = dataset.path, dataset.manifest
@@ -334,58 +239,6 @@ def write_all_rejected(root: str, added: str, scratch: str) -> FileEntry:
                 for batch in found.iter_batches():
                     file.write(pa.Table.from_batches([batch]))
     return replace(file.done, path="rejected.parquet")
-
-
-def compact(root: str, memory: int, console: Console) -> Dataset:
-    """Merge each lane's files into one a split, in one random order; ids keep their rows, and no rating changes."""
-    dataset = open_finished(root)
-    manifest = dataset.manifest
-    if not any("append-" in name for lane in manifest.lanes for name in lane.files):
-        console.info(f"{storage.redact(root)} has no appended files")
-        return dataset
-    check_memory(max(x.train_rows + x.val_rows for x in manifest.lanes), memory, "a lane", "--memory")
-    number = manifest.extra.get("compactions", 0) + 1
-    scratch = tempfile.mkdtemp(prefix="mfdist-compact-")
-    try:
-        writer = lane_writer(manifest.order, manifest, root, scratch, f".compact-{number:03d}", manifest.num_users)
-        lanes, files = [], []
-        for place, lane in enumerate(manifest.lanes):
-            rows = lane_rows(dataset, place)
-            entries = writer.write(place, [rows])[1] if rows["user"].size else []
-            files += entries
-            lanes.append(replace(lane, files=tuple(entry.path for entry in entries)))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    others = [entry for entry in manifest.files if entry.path in REPLACED]
-    val = fingerprint([e.checksum for e in files if e.path.startswith("val/")])
-    result = commit(root, replace(manifest, lanes=tuple(lanes), files=(*files, *others),
-                                  fingerprint=fingerprint([e.checksum for e in files]),
-                                  split={**manifest.split, "fingerprint": val},
-                                  extra={**manifest.extra, "compactions": number}))  # fmt: skip
-    for entry in ordered_files(manifest):
-        storage.remove(dataset.file_path(entry))
-    console.info(f"{storage.redact(root)}: {len(manifest.files) - 3} lane files became {len(files)}")
-    return result
-
-
-def lane_rows(dataset: Dataset, lane: int) -> Arrays:
-    """All rows of a lane, sorted by user, with the keys of an order of its own."""
-    parts = []
-    for split in ("train", "val"):
-        for entry in dataset.lane_files(split, lane):
-            rows = read_rows(dataset.path, entry, dataset.manifest)
-            parts.append({**rows, "is_val": np.full(entry.rows, split == "val")})
-    if not parts:
-        return {"user": np.zeros(0, np.int64)}
-    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    keys = (rows["rating"], *((rows["time"],) if "time" in rows else ()), rows["item"], rows["is_val"], rows["user"])
-    order = np.lexsort(keys)
-    rows = {name: values[order] for name, values in rows.items()}
-    user, item = rows["user"].astype(np.uint64), rows["item"].astype(np.uint64)
-    chance, key = np.empty(user.size, np.uint64), np.empty(user.size, np.uint64)
-    seed = np.uint64(dataset.manifest.split["seed"] % 2**64)
-    fates(user, item, occurrences(user, rows["is_val"], item), seed, chance, key)
-    return {**rows, "key": key}
 
 
 def check_append(config: PrepareConfig, manifest: Manifest) -> None:

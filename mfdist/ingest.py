@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mfdist.blocks import Block, Rules
 from mfdist.ids import SeenIds
 from mfdist.layouts import Layout
 from mfdist.log import Console
-from mfdist.readers import BATCH_ROWS, Block, Rules, chunks, parse
+from mfdist.readers import chunks, parse
 from mfdist.sources import Source
 from mfdist.spill import Arrays, IdSpill, RowSpill
+from mfdist.table_rows import BATCH_ROWS
 
 REJECTED_SCHEMA = pa.schema(
     [("source", pa.string()), ("line", pa.int64()), ("reason", pa.string()), ("text", pa.string())]

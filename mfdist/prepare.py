@@ -20,6 +20,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from mfdist import storage
+from mfdist.blocks import Rules
 from mfdist.dataset import MANIFEST, Dataset, verify
 from mfdist.errors import DataError, UsageError
 from mfdist.ids import HashCollision
@@ -27,7 +28,6 @@ from mfdist.ingest import FrameSource, Ingest, ingest
 from mfdist.layouts import Layout, frame_layout, recognise
 from mfdist.log import Console
 from mfdist.prepare_config import PrepareConfig
-from mfdist.readers import Rules
 from mfdist.sources import Source, find_sources
 
 MAX_SALTS = 4
@@ -41,7 +41,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Dataset:
     if config.verify:
         return _verified(config.target, console)
     if config.compact:
-        from mfdist.append import compact
+        from mfdist.compact import compact
 
         return compact(config.target, config.memory, console)
     sources: list[Source | FrameSource] = [*find_sources(config.sources), *find_sources(config.val, val=True)]
@@ -81,7 +81,7 @@ def _pandas_table(frame: Any) -> Any:
 
 
 def _verified(path: str, console: Console) -> Dataset:
-    from mfdist.append import open_finished
+    from mfdist.amend import open_finished
 
     dataset = open_finished(path)
     faults = list(verify(dataset))
@@ -99,7 +99,8 @@ def _verified(path: str, console: Console) -> Dataset:
 def _appended(
     config: PrepareConfig, sources: Sequence[Source | FrameSource], layouts: list[Layout], console: Console
 ) -> Dataset:
-    from mfdist.append import append, check_append, open_finished
+    from mfdist.amend import open_finished
+    from mfdist.append import append, check_append
 
     dataset = open_finished(config.target)
     check_append(config, dataset.manifest)

@@ -19,8 +19,9 @@ LAYERS = (
     "errors ids text_rows / storage / config metrics log schedule shuffle kernels",
     "distributed launch dataset stopping",
     "card degrees reading prefetch sources spill optim checkpoint dataset_report "
-    "/ planted assembly layouts split lanes embedding export / twin device_feed readers vocabulary prepare_config "
-    "/ synthesize loader ingest / assemble baseline / append / prepare",
+    "/ planted assembly layouts split lanes embedding export amend blocks / twin device_feed vocabulary prepare_config "
+    "json_rows table_rows / synthesize loader readers / ingest / counting / assemble baseline / survey / append "
+    "/ compact / prepare",
     "model builtin",
     "floors ranking train_config run_directory report fused / evaluate recommend validate plan / baseline_run",
     "session api / finish / train",

@@ -373,9 +373,9 @@ def test_wide_rows_and_tiny_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tiny = run(write_csv(tmp_path / "a.csv", rows), "--out", tmp_path / "d")
     check_whole(tiny)
     assert len(tiny.manifest.lanes) == 64 and rows_of(tiny) == sorted(rows)
-    from mfdist import assemble
+    from mfdist import counting
 
-    monkeypatch.setattr(assemble, "INT32_ROWS", 5)
+    monkeypatch.setattr(counting, "INT32_ROWS", 5)
     wide = run(tmp_path / "a.csv", "--out", tmp_path / "w", "--lanes", 2)
     assert pq.read_schema(tmp_path / "w" / "train" / "lane-00000.parquet").field("user").type == pa.int64()
     assert rows_of(wide) == sorted(rows)
