@@ -1,86 +1,104 @@
 """Checkpoints: a folder that exists when its COMMIT does, loadable on any number of ranks.
 
-    RUN/checkpoints/step-00012000/   __R_K.distcp   tensors, by torch.distributed.checkpoint
-                                     .metadata      which tensor lies where
+    RUN/checkpoints/step-00012000/   __R_T.distcp   tensors that rank R's thread T wrote (see ``shards``)
+                                     .metadata      which tensor lies where, as torch.distributed.checkpoint has it
                                      state.json     order state, metrics so far, configuration
                                      COMMIT         written last: files with bytes and BLAKE2b
 
-Tables are stored one tensor a part (``user.part-00017.weight``), never as one sharded tensor: parts are uneven, and
+Tables are stored one tensor a part (``user.part-00017.rows``), never as one sharded tensor: parts are uneven, and
 a part is the unit that ranks own, so that 4 ranks' checkpoint loads on 1, 3 or 7 with no rank holding a whole table.
+Nothing here is collective but :func:`newest_good`; ``saver`` brings the ranks together.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import warnings
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
-
-from mfdist import storage
+from mfdist import shards, storage
 from mfdist.dataset import checksum
 from mfdist.distributed import World
-from mfdist.errors import DataError, MfdistError
+from mfdist.errors import DataError
 
 COMMIT, STATE = "COMMIT", "state.json"
-Tensors = dict[str, torch.Tensor]
+Entries = dict[str, dict[str, Any]]
+"""File name -> {"bytes", "checksum"}."""
 
 
 def folder_of(run: str, step: int) -> str:
     return storage.join(run, "checkpoints", f"step-{step:08d}")
 
 
+def all_steps(run: str) -> list[int]:
+    """Steps of all checkpoint folders, ascending, also of those that a crash left without COMMIT."""
+    names = storage.list_names(storage.join(run, "checkpoints"))
+    return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit())
+
+
 def committed_steps(run: str) -> list[int]:
     """Steps of the checkpoints that exist, ascending."""
-    names = storage.list_names(storage.join(run, "checkpoints"))
-    steps = [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit()]
-    return sorted(step for step in steps if storage.exists(storage.join(folder_of(run, step), COMMIT)))
+    return [step for step in all_steps(run) if storage.exists(storage.join(folder_of(run, step), COMMIT))]
 
 
-def save(run: str, step: int, tensors: Tensors, state: dict[str, Any], world: World) -> int:
-    """Write and commit a checkpoint; every rank calls with its own ``tensors``. Returns the bytes written by all.
+def commit(
+    folder: str, step: int, places: Sequence[shards.Place], entries: Entries, state: str, world_size: int
+) -> int:
+    """Complete a folder whose tensor files stand on the storage; rank 0 calls. Returns the bytes of the whole.
 
-    MfdistError (exit code 1) where the storage refuses; the checkpoints before stay as they are.
+    ``state``: the JSON text that :func:`read_state` gives back.
     """
-    folder = folder_of(run, step)
-    failure = None
-    if world.is_main:
-        storage.remove(folder)  # what a crash may have left, without COMMIT
-        storage.make_dirs(folder)
-    world.barrier()
-    try:
-        with torch.no_grad(), _alone_is_fine():
-            dcp.save(dict(tensors), storage_writer=_writer(folder), no_dist=not dist.is_initialized())
-        files = _own_files(folder, world)
-    except Exception as error:  # whatever a filesystem or torch raises, on any rank, ends in one sentence
-        failure, files = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}", {}
-    failures = [text for text in world.gather(failure) if text]
-    if failures:
-        raise MfdistError(
-            f"the checkpoint {storage.redact(folder)} could not be written ({failures[0]}). "
-            "Older checkpoints are intact; make room or choose another --run."
-        )
-    listed = {name: entry for part in world.gather(files) for name, entry in part.items()}
-    if world.is_main:
-        text = json.dumps(state)
-        storage.write_text(storage.join(folder, STATE), text)
-        listed[STATE] = _entry(folder, STATE)
-        storage.write_text(storage.join(folder, COMMIT), json.dumps({"step": step, "files": listed}, indent=1))
-    world.barrier()
-    return sum(entry["bytes"] for entry in listed.values())
+    shards.write_metadata(storage.join(folder, shards.METADATA), places)
+    storage.write_text(storage.join(folder, STATE), state)
+    files = {**entries, **{name: entry(storage.join(folder, name)) for name in (shards.METADATA, STATE)}}
+    sync_folder(folder)
+    about = {"step": step, "time": time.time(), "world_size": world_size, "files": files}
+    storage.write_text(storage.join(folder, COMMIT), json.dumps(about, indent=1))
+    sync_folder(folder)
+    return sum(one["bytes"] for one in files.values())
 
 
-def prune(run: str, keep: int, chosen: int | None) -> None:
-    """Remove all but the ``keep`` newest checkpoints and the ``chosen`` step; rank 0 calls."""
-    for step in committed_steps(run)[:-keep]:
-        if step != chosen:
-            storage.remove(storage.join(folder_of(run, step), COMMIT))
-            storage.remove(folder_of(run, step))
+def entry(path: str) -> dict[str, Any]:
+    return {"bytes": storage.size(path), "checksum": checksum(path)}
+
+
+def sync_folder(folder: str) -> None:
+    """Bring the names in a local folder to the disk."""
+    if storage.is_local(folder):
+        number = os.open(storage.local_path(folder), os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the ``last`` newest, and those whose step is a multiple of ``every``."""
+
+    last: int
+    every: int | None = None
+
+
+def prune(run: str, retention: Retention, chosen: int | None) -> list[int]:
+    """Remove all but the checkpoints that ``retention`` names and the ``chosen`` step, and what crashes left behind.
+
+    Only the holder of the run directory calls. Returns the steps that were removed. A folder loses its COMMIT first,
+    so that a crash in between leaves no half checkpoint that counts.
+    """
+    committed = committed_steps(run)
+    newest = committed[-1] if committed else -1
+    kept = set(committed[-retention.last :]) | {chosen}
+    if retention.every:
+        kept |= {step for step in committed if step % retention.every == 0}
+    gone = [step for step in all_steps(run) if step < newest and step not in kept]
+    for step in gone:
+        storage.remove(storage.join(folder_of(run, step), COMMIT))
+        storage.remove(folder_of(run, step))
+    return gone
 
 
 def newest_good(run: str, world: World, warn: Any) -> int | None:
@@ -88,33 +106,49 @@ def newest_good(run: str, world: World, warn: Any) -> int | None:
 
     Every rank calls; rank 0 reads.
     """
-    found = None
+    found: int | Exception | None = None
     if world.is_main:
-        for step in reversed(committed_steps(run)):
-            faults = verify(folder_of(run, step))
-            if not faults:
-                found = step
-                break
-            warn(f"checkpoint {storage.redact(folder_of(run, step))} is damaged ({faults[0]}) and is passed over")
-    return world.broadcast(found)
+        try:
+            for step in reversed(committed_steps(run)):
+                faults = verify(folder_of(run, step))
+                if not faults:
+                    found = step
+                    break
+                warn(f"checkpoint {storage.redact(folder_of(run, step))} is damaged ({faults[0]}) and is passed over")
+        except Exception as error:
+            found = error
+    agreed: Any = world.broadcast(found)
+    if isinstance(agreed, Exception):
+        raise agreed
+    return agreed  # type: ignore[no-any-return]
 
 
 def verify(folder: str) -> list[str]:
     """What is wrong with a committed checkpoint, a sentence a file; empty where all is well."""
     try:
-        files = json.loads(storage.read_text(storage.join(folder, COMMIT)))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return [f"COMMIT cannot be read: {error}"]
-    faults = []
-    for name, entry in files.items():
+        files = read_commit(folder)["files"]
+        named = [(str(name), int(one["bytes"]), str(one["checksum"])) for name, one in files.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"COMMIT cannot be read: {type(error).__name__}"]
+    faults = [f"{name} is not in COMMIT" for name in (shards.METADATA, STATE) if name not in files]
+    for name, size, expected in named:
         path = storage.join(folder, name)
-        if not storage.exists(path):
-            faults.append(f"{name} is missing")
-        elif storage.size(path) != entry["bytes"]:
-            faults.append(f"{name} has {storage.size(path)} bytes instead of {entry['bytes']}")
-        elif checksum(path) != entry["checksum"]:
-            faults.append(f"{name} has another checksum")
+        try:
+            if not storage.exists(path):
+                faults.append(f"{name} is missing")
+            elif storage.size(path) != size:
+                faults.append(f"{name} has {storage.size(path)} bytes instead of {size}")
+            elif checksum(path) != expected:
+                faults.append(f"{name} has another checksum")
+        except OSError as error:
+            faults.append(f"{name} cannot be read: {error.strerror or type(error).__name__}")
     return faults
+
+
+def read_commit(folder: str) -> dict[str, Any]:
+    """What COMMIT says: step, time, world_size, files."""
+    found: dict[str, Any] = json.loads(storage.read_text(storage.join(folder, COMMIT)))
+    return found
 
 
 def read_state(folder: str) -> dict[str, Any]:
@@ -123,37 +157,3 @@ def read_state(folder: str) -> dict[str, Any]:
         raise DataError(f"{storage.redact(folder)} is no checkpoint: it has no {COMMIT}.")
     state: dict[str, Any] = json.loads(storage.read_text(storage.join(folder, STATE)))
     return state
-
-
-def load(folder: str, tensors: Tensors) -> None:
-    """Fill ``tensors`` in place from a checkpoint of any world size; every rank calls."""
-    reader = FsspecReader(folder) if not storage.is_local(folder) else dcp.FileSystemReader(storage.local_path(folder))
-    targets = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
-    with torch.no_grad(), _alone_is_fine():
-        dcp.load(targets, storage_reader=reader, no_dist=not dist.is_initialized())
-
-
-@contextlib.contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    """torch warns where there is no process group, though it was told so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _writer(folder: str) -> Any:
-    if storage.is_local(folder):
-        return dcp.FileSystemWriter(storage.local_path(folder))
-    return FsspecWriter(folder, sync_files=False)
-
-
-def _own_files(folder: str, world: World) -> dict[str, dict[str, Any]]:
-    """Entries of the files that this rank wrote (rank 0: the metadata too)."""
-    world.barrier()
-    own = [name for name in storage.list_names(folder) if name.startswith(f"__{world.rank}_")]
-    return {name: _entry(folder, name) for name in own + ([".metadata"] if world.is_main else [])}
-
-
-def _entry(folder: str, name: str) -> dict[str, Any]:
-    path = storage.join(folder, name)
-    return {"bytes": storage.size(path), "checksum": checksum(path)}

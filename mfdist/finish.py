@@ -16,7 +16,7 @@ from mfdist import checkpoint, export, report, storage
 from mfdist.config import to_dict
 from mfdist.embedding import ReplicatedTable, Table, stored_order
 from mfdist.floors import floors
-from mfdist.session import Session, checkpoint_tensors, chosen_epoch
+from mfdist.session import Session, chosen_epoch, load, wait_for_save
 
 BEST_ON_VAL = "best on validation (the vignette's convention)"
 
@@ -24,10 +24,11 @@ BEST_ON_VAL = "best on validation (the vignette's convention)"
 def finish(session: Session) -> dict[str, Any]:
     """Export the epoch that ``final`` reports and write the report."""
     progress, config, world = session.progress, session.config, session.world
+    wait_for_save(session)
     chosen = chosen_epoch(progress)
     if chosen != len(progress.epochs) - 1:
         folder = checkpoint.folder_of(session.run, (chosen + 1) * session.loader.num_steps)
-        checkpoint.load(folder, checkpoint_tensors(session, every_part=config.sharding == "replicated"))
+        load(session, folder)
     _export(session)
     how = "lowest error on the stop rows" if progress.stop_rmse else "last epoch"
     val = [summary["headline"]["val_rmse"] for summary in progress.summaries]

@@ -6,27 +6,32 @@ Every function with a session is collective: every rank calls.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from mfdist import checkpoint, export, storage
+from mfdist import checkpoint, export, shards, storage
+from mfdist.checkpoint import Retention
 from mfdist.config import to_dict
 from mfdist.dataset import Dataset
 from mfdist.distributed import World
-from mfdist.embedding import ReplicatedTable, ShardedTable, Table, item_layout, user_layout
-from mfdist.errors import UsageError
+from mfdist.embedding import ReplicatedTable, Rows, ShardedTable, Table, item_layout, user_layout
+from mfdist.errors import DataError, MfdistError, UsageError
 from mfdist.fused import FusedStep
 from mfdist.loader import Loader
 from mfdist.log import Console, MetricsLog
 from mfdist.model import ITEM_TABLE, MF, USER_TABLE, MFAdvanced
 from mfdist.optim import RowOptimizer
+from mfdist.saver import Saver
 from mfdist.train_config import TrainConfig
 from mfdist.validate import Validation
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -63,6 +68,7 @@ class Session:
     validation: Validation
     progress: Progress
     metrics: MetricsLog
+    saver: Saver
     started: float
     saved_at: float
     saved_step: int = -1
@@ -99,8 +105,9 @@ def build(config: TrainConfig, dataset: Dataset, world: World, console: Console,
     return Session(
         config, config.run, dataset, world, console, loader, model, fused, replica, optimizer,
         tuple(torch.zeros(1, w, device=world.device) for w in optimizer.state_widths(1)),
-        Validation(dataset, world, config.cold == "known-side"), Progress(), MetricsLog(None), time.monotonic(),
-        time.monotonic(),
+        Validation(dataset, world, config.cold == "known-side"), Progress(), MetricsLog(None),
+        Saver(config.run, world, Retention(config.keep, config.keep_every), torch.get_num_threads()),
+        time.monotonic(), time.monotonic(),
     )  # fmt: skip
 
 
@@ -127,9 +134,9 @@ def restore_or_initialise(session: Session) -> None:
 
 
 def _restore(session: Session, folder: str) -> None:
-    state = session.world.broadcast(checkpoint.read_state(folder) if session.world.is_main else None)
+    state = _first_error(session.world, lambda: checkpoint.read_state(folder))
     epoch, step = session.loader.check_state(state["loader"])
-    checkpoint.load(folder, checkpoint_tensors(session, every_part=session.config.sharding == "replicated"))
+    load(session, folder, state)
     session.progress = Progress(**state["progress"])
     assert (epoch, step) == (session.progress.epoch, session.progress.step_in_epoch)
     session.model.user.step = session.model.item.step = session.saved_step = session.progress.step
@@ -137,6 +144,42 @@ def _restore(session: Session, folder: str) -> None:
         session.model.user.settle()
         session.model.item.settle()
     session.console.info(f"continuing at epoch {epoch + 1}, step {step} from {storage.redact(folder)}")
+
+
+def load(session: Session, folder: str, state: dict[str, Any] | None = None) -> None:
+    """Fill the tables and the offset from a checkpoint of any number of ranks and either placement."""
+    columns = (state or _first_error(session.world, lambda: checkpoint.read_state(folder)))["columns"]
+    _first_error(session.world, lambda: _load(session, folder, columns))
+
+
+def _load(session: Session, folder: str, columns: dict[str, Columns]) -> None:
+    every_part = session.config.sharding == "replicated"
+    mine = checkpoint_tensors(session, every_part)
+    for name, table in _tables(session):
+        if columns[name] != _columns(table):
+            prefix = f"{name}.part-"
+            mine = {key: tensor for key, tensor in mine.items() if not key.startswith(prefix)}
+            _load_columns(folder, name, table, _parts(session, table, every_part), columns[name])
+    shards.read(folder, mine)
+
+
+def _load_columns(folder: str, name: str, table: Table, parts: range, columns: Columns) -> None:
+    """Fill parts from a checkpoint that lays a row's values out in another way, one part at a time."""
+    stored = shards.sizes(folder)
+    for part in parts:
+        targets = table.part(part).tensors()
+        for block, keys in columns.items():
+            full = f"{name}.part-{part:05d}.{block}"
+            if not len(targets["weight"]):
+                continue
+            if full not in stored or not keys.keys() <= targets.keys():
+                raise DataError(f"{storage.redact(folder)}: {full} is missing or belongs to another optimizer.")
+            held = torch.empty(stored[full])
+            shards.read(folder, {full: held})
+            for key, (first, end) in keys.items():
+                target = targets[key]
+                value = held[:, first:end].contiguous().view(target.dtype)
+                target.copy_(value.view(target.shape))
 
 
 def _init_from(session: Session, run: str) -> None:
@@ -166,22 +209,53 @@ def _known_rows(session: Session, number: int, factors: Any, biases: Any, first:
     return weight
 
 
-def checkpoint_tensors(session: Session, every_part: bool) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint: this rank's parts, or all parts (to load whole tables)."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, table in (("user", session.model.user), ("item", session.model.item)):
-        parts = range(len(table.layout.parts)) if every_part else table.layout.parts_of(session.world.rank)
-        for part in parts:
-            for key, tensor in table.part(part).tensors().items():
+Columns = dict[str, dict[str, list[int]]]
+"""Of a table: stored block -> key of ``Rows.tensors()`` -> its first and one past its last column in the block."""
+
+
+def checkpoint_tensors(session: Session, every_part: bool) -> shards.Tensors:
+    """The tensors of a checkpoint: this rank's parts, or all parts (to load whole tables); the offset is rank 0's."""
+    tensors: shards.Tensors = {}
+    for name, table in _tables(session):
+        for part in _parts(session, table, every_part):
+            for block, tensor in _blocks(table.part(part)).items():
                 if tensor.numel():
-                    tensors[f"{name}.part-{part:05d}.{key}"] = tensor.detach()
+                    tensors[f"{name}.part-{part:05d}.{block}"] = tensor.detach()
     if session.model.offset is not None:
         tensors["offset"] = session.model.offset.data
         tensors |= {f"offset.state{k}": state for k, state in enumerate(session.offset_state)}
     return tensors
 
 
+def _tables(session: Session) -> tuple[tuple[str, Table], tuple[str, Table]]:
+    return ("user", session.model.user), ("item", session.model.item)
+
+
+def _parts(session: Session, table: Table, every_part: bool) -> range:
+    return range(len(table.layout.parts)) if every_part else table.layout.parts_of(session.world.rank)
+
+
+def _blocks(rows: Rows) -> shards.Tensors:
+    """The rows as contiguous float32 tensors (rows, columns): one where they are packed, else one a tensor."""
+    weight = rows.weight.detach()
+    if weight.stride(0) > weight.shape[1]:
+        stride = weight.stride(0)
+        return {"rows": weight.as_strided((len(weight), stride), (stride, 1))}
+    return {key: tensor.detach().view(torch.float32).view(len(weight), -1) for key, tensor in rows.tensors().items()}
+
+
+def _columns(table: Table) -> Columns:
+    """How a table's rows lie in the blocks that a checkpoint stores."""
+    rows = table.rows
+    widths = {key: tensor[0:1].numel() for key, tensor in rows.tensors().items()}
+    if rows.weight.stride(0) <= rows.weight.shape[1]:
+        return {key: {key: [0, width]} for key, width in widths.items()}
+    firsts = {key: int(tensor.storage_offset()) for key, tensor in rows.tensors().items()}
+    return {"rows": {key: [first, first + widths[key]] for key, first in firsts.items()}}
+
+
 def save(session: Session) -> None:
+    """Begin a checkpoint of this step; it is committed in the background, see :func:`look_after_save`."""
     progress, config, world = session.progress, session.config, session.world
     if session.saved_step == progress.step:
         return
@@ -190,21 +264,49 @@ def save(session: Session) -> None:
     session.started = began
     state = {
         "loader": session.loader.state(progress.epoch, progress.step_in_epoch),
-        "progress": vars(progress).copy(),
+        "progress": vars(progress),
         "config": to_dict(config),
+        "columns": {name: _columns(table) for name, table in _tables(session)},
         "world_size": world.size,
     }
-    written = checkpoint.save(session.run, progress.step, checkpoint_tensors(session, every_part=False), state, world)
+    tensors = checkpoint_tensors(session, every_part=False)
+    if not world.is_main:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("offset")}
+    chosen = (chosen_epoch(progress) + 1) * session.loader.num_steps if progress.epochs else None
+    _record(session, session.saver.begin(progress.step, tensors, state, chosen))
     session.saved_step, session.saved_at = progress.step, time.monotonic()
-    if world.is_main:
-        per_epoch = session.loader.num_steps
-        checkpoint.prune(
-            session.run, config.keep, (chosen_epoch(progress) + 1) * per_epoch if progress.epochs else None
-        )
-    session.metrics.write(
-        "checkpoint", step=progress.step, epoch=progress.epoch, seconds=session.saved_at - began, bytes=written
-    )
+
+
+def look_after_save(session: Session, busy: float, failed: float) -> None:
+    """Go on with the checkpoint in flight, given the maximum of the ranks' ``saver.flags()``."""
+    _record(session, session.saver.advance(busy, failed))
+
+
+def wait_for_save(session: Session) -> None:
+    """Return when the checkpoint in flight, if there is one, is committed."""
+    _record(session, session.saver.wait())
+
+
+def _record(session: Session, done: dict[str, Any] | None) -> None:
+    if done is None:
+        return
+    if warning := done.pop("warning", None):
+        session.console.warn(warning)
+    session.metrics.write("checkpoint", epoch=session.progress.epoch, **done)
     session.metrics.publish()
+
+
+def _first_error(world: World, work: Callable[[], T]) -> T:
+    """``work()`` on every rank; where it fails on any, the first rank's error on all."""
+    outcome: Any
+    try:
+        outcome = work()
+    except (MfdistError, OSError) as error:
+        outcome = error
+    errors = [error for error in world.gather(outcome if isinstance(outcome, Exception) else None) if error]
+    if errors:
+        raise errors[0]
+    return outcome  # type: ignore[no-any-return]
 
 
 def chosen_epoch(progress: Progress) -> int:

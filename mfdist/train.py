@@ -22,7 +22,7 @@ from mfdist.errors import DataError, DivergedError, StopRequested
 from mfdist.finish import finish
 from mfdist.loader import Batch, Loader
 from mfdist.log import Console
-from mfdist.session import Session, build, chosen_epoch, restore_or_initialise, save
+from mfdist.session import Session, build, chosen_epoch, look_after_save, restore_or_initialise, save, wait_for_save
 from mfdist.stopping import StopWatch
 from mfdist.train_config import TrainConfig, check_changes
 
@@ -54,6 +54,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
                     break
             return finish(session)
         finally:
+            session.saver.close()
             if session.fused:
                 session.fused.close()
 
@@ -224,9 +225,12 @@ def _check(
     minutes_due = cadence.endswith("m") and time.monotonic() - session.saved_at >= 60 * int(cadence[:-1])
     losses = torch.stack(pending).cpu().numpy()
     summed = world.sum(losses)
-    stop, due, slowest = world.max([float(reason is not None), float(minutes_due and world.is_main), spent])
+    flags = [float(reason is not None), float(minutes_due and world.is_main), spent, *session.saver.flags()]
+    stop, due, slowest, saving, failed = world.max(flags)
+    look_after_save(session, saving, failed)
     bad = np.flatnonzero(~np.isfinite(summed))
     if len(bad):
+        wait_for_save(session)
         step = progress.step_in_epoch - len(pending) + int(bad[0])
         last = run_directory.newest_checkpoint_step(session.run) if world.is_main else None
         kept = f"; the checkpoint of step {last} is kept" if last is not None else ""
@@ -249,6 +253,7 @@ def _step_due(session: Session) -> bool:
 
 def _stop(session: Session, reason: str, watch: StopWatch) -> None:
     save(session)
+    wait_for_save(session)
     if session.world.is_main:
         session.metrics.write("stop", step=session.progress.step, epoch=session.progress.epoch, reason=reason)
         watch.clear_stop_file()

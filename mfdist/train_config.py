@@ -42,6 +42,7 @@ class TrainConfig:
     epochs: int = flag(10, "passes over the training ratings", at_least=1)
     max_minutes: float | None = flag(None, "stop with a checkpoint after this many minutes", above=0)
     keep: int = flag(3, "checkpoints to keep", at_least=1)
+    keep_every: int | None = flag(None, "keep also every checkpoint whose step is a multiple of this", at_least=1)
     seed: int = flag(42, "seed of initial values and batch order", at_least=0)
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     sharding: str = flag(

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "mfdist"
 LAYERS = (
     "errors ids text_rows / storage / config metrics log schedule shuffle kernels",
     "distributed launch dataset stopping",
-    "card degrees reading prefetch sources spill optim checkpoint dataset_report "
-    "/ planted assembly layouts split lanes embedding export amend blocks / twin device_feed vocabulary prepare_config "
+    "card degrees reading prefetch sources spill optim shards dataset_report "
+    "/ checkpoint / saver planted assembly layouts split lanes embedding export amend blocks / twin device_feed vocabulary prepare_config "
     "json_rows table_rows / synthesize loader readers / ingest / counting / assemble baseline / survey / append "
     "/ compact / prepare",
     "model builtin",
