@@ -1,8 +1,8 @@
 """From the units of a rank's lanes to blocks of finished batches, one epoch at a time.
 
 A unit is decoded, permuted while it is in the cache, and cut into the slices that consecutive batches take from it.
-Many steps are assembled at once into a *block* of about 2^17 rows: a slice of 128 rows alone would cost a cache miss or
-two a column, and the slices of sixteen steps follow one another in the unit.
+Many steps are assembled at once into a *block* of about 2^18 rows: a slice of 128 rows alone would cost a cache miss or
+two a column, and the slices of many steps follow one another in the unit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mfdist.prefetch import Block
 from mfdist.reading import Columns, RatingFile, Unit
 from mfdist.schedule import BatchOrder
 
-BLOCK_ROWS = 1 << 17
+BLOCK_ROWS = 1 << 18
 AHEAD_BYTES = 64 << 20
 
 Ints = npt.NDArray[np.int64]
@@ -95,11 +95,16 @@ class AssembledBlock:
 class OpenUnit:
     """A place for a unit's permuted rows; it lives as long as a block that needs it."""
 
-    __slots__ = ("columns", "first")
+    __slots__ = ("columns", "first", "layout")
 
     def __init__(self, first: int) -> None:
         self.first = first  # its first row's number in the lane's epoch order
         self.columns: Columns
+        self.layout: tuple[int, ...]  # first row, rows, addresses of user, item, rating: for ``scatter_units``
+
+    def fill(self, columns: Columns) -> None:
+        self.columns = columns
+        self.layout = (self.first, len(columns.user), *(column.ctypes.data for column in columns[:3]))
 
 
 class EpochPlan:
@@ -121,22 +126,21 @@ class EpochPlan:
     def blocks(self) -> Iterator[Block[AssembledBlock]]:
         """Blocks from the start step on: the units to load first, and the call that assembles the steps."""
         order, lanes = self._source.order, self._source.lanes
-        newest: list[tuple[int, OpenUnit | None]] = [(-1, None)] * len(lanes)  # place in the lane's turn, and its unit
+        newest: list[list[OpenUnit]] = [[] for _ in lanes]  # of every lane the last unit asked for
+        held = np.zeros(len(lanes), np.int64)  # of every lane the rows up to the end of that unit
         for first_step in range(self._start, order.num_steps, self._steps):
             end_step = min(first_step + self._steps, order.num_steps)
             cuts = np.ascontiguousarray(order.cuts(first_step, end_step)[:, lanes.start : lanes.stop].T)
             parts: list[Callable[[], None]] = []
-            needed: list[list[OpenUnit]] = []
-            for index in range(len(lanes)):
-                units = []
-                for place in self._places(index, cuts[index, 0], cuts[index, -1]):
-                    known, unit = newest[index]
-                    if unit is None or known != place:
-                        unit = OpenUnit(self._firsts[index][place])
-                        newest[index] = (place, unit)
-                        parts.append(self._load_call(index, place, unit))
-                    units.append(unit)
-                needed.append(units)
+            needed = list(newest)
+            for index in np.flatnonzero((cuts[:, -1] > held) & (cuts[:, -1] > cuts[:, 0])).tolist():
+                places = self._places(index, cuts[index, 0], cuts[index, -1])
+                units = list(newest[index]) if cuts[index, 0] < held[index] else []
+                for place in places[len(units) :]:
+                    units.append(OpenUnit(int(self._firsts[index][place])))
+                    parts.append(self._load_call(index, place, units[-1]))
+                needed[index], newest[index] = units, units[-1:]
+                held[index] = self._firsts[index][places[-1] + 1]
             yield parts, self._assemble_call(first_step, cuts, needed)
 
     def _turn(self, index: int) -> Sequence[int]:
@@ -145,9 +149,7 @@ class EpochPlan:
         return shuffle.permutation(len(source.pieces[index]), key).tolist()  # type: ignore[no-any-return]
 
     def _places(self, index: int, low: int, high: int) -> range:
-        """The places of a lane's turn whose units hold any of its epoch rows low to high."""
-        if low >= high:
-            return range(0)
+        """The places of a lane's turn whose units hold any of its epoch rows low to high; low < high."""
         firsts = self._firsts[index]
         return range(
             int(np.searchsorted(firsts, low, side="right")) - 1, int(np.searchsorted(firsts, high, side="left"))
@@ -172,7 +174,7 @@ class EpochPlan:
         permuted = [self._pool.take(rows, column.dtype) for column in columns[:3]]
         for given, target in zip(columns[:3], permuted, strict=True):
             shuffle.gather(given, order, target)
-        unit.columns = Columns(*permuted)
+        unit.fill(Columns(*permuted))
 
     def _assemble(self, first_step: int, cuts: Ints, needed: list[list[OpenUnit]]) -> AssembledBlock:
         """``cuts``: int64 (lanes, steps + 1)."""
@@ -180,10 +182,9 @@ class EpochPlan:
         where = shuffle.destinations(cuts, starts)
         types = (self._source.user_dtype, self._source.item_dtype, np.float32)
         targets = [self._pool.take(int(starts[-1]), dtype) for dtype in types]
-        for index, units in enumerate(needed):
-            for unit in units:
-                for given, target in zip(unit.columns[:3], targets, strict=True):
-                    shuffle.scatter_slices(given, target, unit.first, cuts[index], where[index])
+        units = [(index, *unit.layout) for index, of_lane in enumerate(needed) for unit in of_lane]
+        for column, target in enumerate(targets):
+            shuffle.scatter_units(np.array(units, np.uint64).reshape(-1, 6), column, target, cuts, where)
         user, item, rating = map(torch.from_numpy, targets)
         return AssembledBlock(user, item, rating, first_step, np.diff(starts).tolist())
 

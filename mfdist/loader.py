@@ -9,7 +9,7 @@ gets those of its lanes: lanes ascending, and within a lane in the lane's epoch 
 of steps; its share of a step may be empty. The state is {epoch, step} and fingerprints, the same on every rank.
 
 How it is done: prefetch threads decode the next unit (row group) of a lane, permute it while it is in the cache, and
-assemble many steps at once into a *block* of about 2^17 rows, of which batches are slices. In memory are at most one
+assemble many steps at once into a *block* of about 2^18 rows, of which batches are slices. In memory are at most one
 unit open and one ahead per lane, and the blocks ahead; where the rank's decoded rows fit as well, they stay after the
 first pass and later epochs read no file.
 """
