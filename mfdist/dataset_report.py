@@ -13,6 +13,9 @@ import numpy.typing as npt
 from mfdist import storage
 from mfdist.dataset import Manifest
 
+MOST_BARS = 50
+FIRST_DAY, END_DAY = -365_000, 2_900_000
+"""Days since 1970 that a plot can show: the years 970 to 9909."""
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse}td{padding:.15rem 1.2rem .15rem 0}td+td{text-align:right;"
@@ -102,11 +105,14 @@ def _png(draw: Any, title: str, x: str, y: str) -> bytes:
 def _bars(histogram: list[tuple[float, int]], title: str) -> bytes:
     values = np.array([value for value, _ in histogram])
     counts = np.array([count for _, count in histogram])
+    if values.size > MOST_BARS:  # bars as thin as their distance would not be seen
+        counts, edges = np.histogram(values, MOST_BARS, weights=counts)
+        values = (edges[:-1] + edges[1:]) / 2
     width = 0.85 * float(np.diff(values).min()) if values.size > 1 else 0.8
 
     def draw(axes: Any) -> None:
         axes.bar(values, counts, width=width, color="#4477aa")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        _count_axis(axes)
         if values.size <= 12:
             axes.set_xticks(values)
 
@@ -114,23 +120,48 @@ def _bars(histogram: list[tuple[float, int]], title: str) -> bytes:
 
 
 def _points(activity: dict[int, int], title: str, x: str, y: str) -> bytes:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     def draw(axes: Any) -> None:
         axes.loglog(list(activity), list(activity.values()), ".", color="#4477aa", markersize=4)
+        for axis, values in ((axes.xaxis, list(activity)), (axes.yaxis, list(activity.values()))):
+            low, high = min(values, default=1), max(values, default=1)
+            axis.axes.set(**{f"{axis.axis_name}lim": (0.8 * low, 1.25 * max(high, 1.5 * low))})
+            axis.set_major_locator(LogLocator(10, (1,) if high > 200 * low else (1, 2, 5)))
+            axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else "")
+            axis.set_minor_formatter(NullFormatter())
 
     return _png(draw, title, x, y)
 
 
 def _months(days: dict[int, int], title: str) -> bytes:
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, DateFormatter
+
     found = np.array(sorted(days), np.int64)
     counts = np.array([days[int(day)] for day in found], np.int64)
-    usable = np.abs(found) < 3_650_000  # ten thousand years
+    usable = (found >= FIRST_DAY) & (found < END_DAY)
     months = found[usable].astype("datetime64[D]").astype("datetime64[M]").astype(np.int64)
     at, place = np.unique(months, return_inverse=True)
     total = np.bincount(place, weights=counts[usable], minlength=at.size) if at.size else np.zeros(0)
 
     def draw(axes: Any) -> None:
-        axes.plot(1970 + at / 12, total, color="#4477aa")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        dates = at.astype("datetime64[M]").astype("datetime64[D]")
+        axes.plot(dates, total, color="#4477aa", marker="o" if at.size <= 24 else None, markersize=4)
+        locator = AutoDateLocator(minticks=3, maxticks=8)  # type: ignore[no-untyped-call]
+        axes.xaxis.set_major_locator(locator)
+        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
+        if at.size <= 6:  # nothing finer than months
+            axes.set_xticks(dates)
+            axes.xaxis.set_major_formatter(DateFormatter("%b %Y"))  # type: ignore[no-untyped-call]
+        _count_axis(axes)
         axes.set_ylim(bottom=0)
 
-    return _png(draw, title, "year", "ratings in a month")
+    return _png(draw, title, "month", "ratings in a month")
+
+
+def _count_axis(axes: Any) -> None:
+    """Whole numbers, thousands set apart, on the vertical axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
