@@ -104,7 +104,7 @@ class Table(nn.Module):
         super().__init__()
         self.layout, self.width, self.optimizer, self.world = layout, width, optimizer, world
         self.step = 0  # steps taken so far
-        self._held = list(held)
+        self._held = _joined(held)
         sizes = [end - first for first, end in self._held]
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.rows = self._allocate(int(self._starts[-1]))
@@ -168,6 +168,17 @@ class Table(nn.Module):
         rows = self.rows.slice(first, end)
         weight = rows.weight.detach()
         return (torch.where(rows.last[:, None] > 0, weight, 0.0) if zero_untouched else weight).cpu()
+
+
+def _joined(spans: Sequence[Range]) -> list[Range]:
+    """Ranges in their order, neighbours as one; empty ones left out."""
+    joined: list[Range] = []
+    for first, end in spans:
+        if joined and joined[-1][1] == first:
+            joined[-1] = (joined[-1][0], end)
+        elif first < end:
+            joined.append((first, end))
+    return joined
 
 
 class ReplicatedTable(Table):
@@ -354,7 +365,7 @@ def _zeros(rows: int, stride: int, device: torch.device) -> torch.Tensor:
     """float32 zeros (rows, stride); on a CPU from the kernel's zero pages, in huge ones where it has them."""
     if device.type != "cpu" or not rows:
         return torch.zeros(rows, stride, device=device)
-    memory = mmap.mmap(-1, rows * stride * 4)
+    memory = mmap.mmap(-1, rows * stride * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.float32).view(rows, stride)

@@ -16,8 +16,13 @@ from torch import nn
 
 from mfdist.embedding import ShardedTable
 from mfdist.kernels import cpu
+from mfdist.kernels.machine import Workers
 from mfdist.model import MF
 from mfdist.optim import RowOptimizer
+
+Floats32 = npt.NDArray[np.float32]
+Ints32 = npt.NDArray[np.int32]
+_Arrays = tuple[Ints32, Ints32, Floats32]
 
 PARALLEL_ROWS = 2048
 """Smaller batches are not worth a second thread."""
@@ -28,14 +33,17 @@ class Grouped:
     """A batch's ratings by row of one side, see ``kernels.cpu.group``; the arrays are reused from step to step."""
 
     def __init__(self) -> None:
-        self._capacity = -1
+        self.reserve(0)
 
-    def fill(self, ids: npt.NDArray[np.int32]) -> None:
-        if len(ids) > self._capacity:
-            self._capacity = len(ids)
-            self.order, self._scratch, self.rows, self.slot = (np.empty(len(ids) + 1, np.int32) for _ in range(4))
-            self.starts = np.empty(len(ids) + 2, np.int32)
-        self.count = int(cpu.group(ids, self.order, self._scratch, self.rows, self.starts, self.slot))
+    def reserve(self, ratings: int) -> None:
+        """Make room for a batch of so many ratings."""
+        self.order, self.scratch, self.rows, self.slot = (np.empty(ratings + 1, np.int32) for _ in range(4))
+        self.starts = np.empty(ratings + 2, np.int32)
+
+    @property
+    def arrays(self) -> tuple[Ints32, Ints32, Ints32, Ints32, Ints32]:
+        """In the order of the arguments of ``kernels.cpu.group``."""
+        return self.order, self.scratch, self.rows, self.starts, self.slot
 
 
 class FusedStep(nn.Module):
@@ -49,10 +57,13 @@ class FusedStep(nn.Module):
         form = model.form
         self._shape = cpu.shape_of(form.dim, form.bias, cpu.KINDS[optimizer.kind])
         self._rules = cpu.rule_arrays(optimizer.rules)
-        self._workers = cpu.Workers(threads)
-        self._alone = cpu.Workers(1)
+        self._workers = Workers(threads)
+        self._alone = Workers(1)
+        self._gate, self._counts = np.zeros(1, np.int64), np.zeros(2, np.int64)
         self._by_user, self._by_item = Grouped(), Grouped()
-        self._work: dict[str, npt.NDArray[np.float32]] = {}
+        self._capacity = 0
+        self._own, self._before, self._mine, self._gradient = (np.empty((0, form.width), np.float32) for _ in range(4))
+        self._slope, self._error = np.empty(0, np.float32), np.empty(0, np.float32)
         self.squared_error = torch.zeros((), dtype=torch.float64)  # of this rank's rows in the last step
 
     def forward(self, user: torch.Tensor, item: torch.Tensor, rating: torch.Tensor, global_rows: int) -> torch.Tensor:
@@ -82,91 +93,75 @@ class FusedStep(nn.Module):
                     part = rows[first : min(first + SETTLE_ROWS, high)]
                     cpu.gather(self._shape, flat, lasts, part, 0, len(part), out, now, self._rules, numbers)
 
-            cuts = [len(rows) * k // self._workers.threads for k in range(self._workers.threads + 1)]
-            self._workers.ranges(cuts, settle)
+            self._workers.ranges(len(rows), settle)
 
     def _step(
         self, user: torch.Tensor, item: torch.Tensor, rating: torch.Tensor, global_rows: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole step but for the offset: returns (loss, gradient of the offset)."""
-        users, items = self._by_user, self._by_item
+        self._reserve(len(rating))
+        numbers = self._numbers(self._user.step + 1, global_rows)
         workers = self._workers if len(rating) >= PARALLEL_ROWS else self._alone
-        local = self._user.local(user).int().numpy()
-        ids = item.int().numpy()
-        workers.both(lambda: users.fill(local), lambda: items.fill(ids))
-        now = self._user.step
-        numbers = self._numbers(now + 1, global_rows)
-        own, exchange = self._item_rows(items, workers, now, numbers)
-        before, slope, error = (
-            self._buffer("before", users.count),
-            self._vector("slope", len(ids)),
-            self._vector("error", len(ids)),
-        )
-        flat, lasts = _flat(self._user)
-        ratings, shape, rules = rating.numpy(), self._shape, self._rules
-        workers.ranges(
-            workers.cuts(users.starts, users.count),
-            lambda low, high: cpu.user_pass(
-                shape, flat, lasts, users.rows, users.starts, users.order, low, high, items.slot, own, ratings, before,
-                slope, error, now, rules, numbers,
-            ),
-        )  # fmt: skip
-        self._update_items(items, users, workers, own, before, slope, now, numbers, exchange)
-        self._user.step = self._item.step = now + 1
-        self.squared_error = torch.from_numpy(error).double().square().sum()
-        loss = (self.squared_error / global_rows).float()
-        return loss, torch.from_numpy(slope).double().sum().float().view(1)
-
-    def _item_rows(
-        self, items: Grouped, workers: cpu.Workers, now: int, numbers: npt.NDArray[np.float32]
-    ) -> tuple[npt.NDArray[np.float32], Any]:
-        """Weights of the batch's item rows, current; from their owners where there are several ranks."""
+        batch = (self._user.local(user).int().numpy(), item.int().numpy(), rating.numpy())
         if self._item.world.size == 1:
-            return self._gather(items.rows, items.count, workers, now, numbers, "own"), None
-        exchange = self._item.exchange(torch.from_numpy(items.rows[: items.count].astype(np.int64)))
+            self._step_at_home(workers, batch, numbers)
+        else:
+            self._step_with_others(workers, batch, numbers)
+        self._user.step = self._item.step = self._user.step + 1
+        error, slope = torch.from_numpy(self._error[: len(rating)]), torch.from_numpy(self._slope[: len(rating)])
+        self.squared_error = error.double().square().sum()
+        loss = (self.squared_error / global_rows).float()
+        return loss, slope.double().sum().float().view(1)
+
+    def _step_at_home(self, workers: Workers, batch: _Arrays, numbers: Floats32) -> None:
+        """All rows are here: every thread goes through the whole step."""
+        self._gate[0] = 0
+        arguments = (
+            workers.threads, self._gate, self._shape, *batch, self._by_user.arrays, self._by_item.arrays, self._counts,
+            *_flat(self._user), *_flat(self._item), self._own, self._before, self._slope, self._error, self._user.step,
+            self._rules, numbers,
+        )  # fmt: skip
+        workers.all(lambda thread: cpu.whole_step(thread, *arguments))
+
+    def _step_with_others(self, workers: Workers, batch: _Arrays, numbers: Floats32) -> None:
+        """Item rows come from their owners, and their gradients go back; collective."""
+        user, item, rating = batch
+        users, items, shape, rules, now = self._by_user, self._by_item, self._shape, self._rules, self._user.step
+        num_users, num_items = cpu.group(user, *users.arrays), cpu.group(item, *items.arrays)
+        exchange = self._item.exchange(torch.from_numpy(items.rows[:num_items].astype(np.int64)))
         mine = exchange.mine.int().numpy()
-        values = self._gather(mine, len(mine), workers, now, numbers, "mine")
-        return exchange.fetch(torch.from_numpy(values[: len(mine)])).numpy(), exchange
-
-    def _gather(
-        self, rows: npt.NDArray[np.int32], count: int, workers: cpu.Workers, now: int, numbers: Any, name: str
-    ) -> npt.NDArray[np.float32]:
-        flat, lasts = _flat(self._item)
-        out, shape, rules = self._buffer(name, count), self._shape, self._rules
-        cuts = [count * k // workers.threads for k in range(workers.threads + 1)]
+        if len(self._mine) < len(mine):
+            self._mine = np.empty((len(mine) + len(mine) // 8, shape[1]), np.float32)
+        table, lasts = _flat(self._item)
         workers.ranges(
-            cuts, lambda low, high: cpu.gather(shape, flat, lasts, rows, low, high, out, now, rules, numbers)
+            len(mine),
+            lambda low, high: cpu.gather(shape, table, lasts, mine, low, high, self._mine, now, rules, numbers),
         )
-        return out
+        own = exchange.fetch(torch.from_numpy(self._mine[: len(mine)])).numpy()
+        user_table, user_lasts = _flat(self._user)
 
-    def _update_items(
-        self, items: Grouped, users: Grouped, workers: cpu.Workers, own: Any, before: Any, slope: Any, now: int,
-        numbers: Any, exchange: Any,
-    ) -> None:  # fmt: skip
-        flat, lasts = _flat(self._item)
-        shape, cuts = self._shape, workers.cuts(items.starts, items.count)
-        if exchange is None:
-            workers.ranges(
-                cuts,
-                lambda low, high: cpu.item_pass(
-                    shape, flat, lasts, items.rows, items.starts, items.order, low, high, users.slot, own, before,
-                    slope, now, numbers,
-                ),
+        def user_pass(thread: int) -> None:
+            low, high = (cpu.cut(users.starts, num_users, thread + k, workers.threads) for k in (0, 1))
+            cpu.user_pass(
+                shape, user_table, user_lasts, users.rows, users.starts, users.order, low, high, items.slot, own,
+                rating, self._before, self._slope, self._error, now, rules, numbers,
             )  # fmt: skip
-            return
-        grad = self._buffer("gradient", items.count)
-        workers.ranges(
-            cuts,
-            lambda low, high: cpu.gradient(
-                shape, items.starts, items.order, low, high, users.slot, own, before, slope, numbers, grad
-            ),
-        )
-        total = exchange.give_back(torch.from_numpy(grad[: items.count])).numpy()
-        mine = exchange.mine.int().numpy()
-        cuts = [len(mine) * k // workers.threads for k in range(workers.threads + 1)]
-        workers.ranges(cuts, lambda low, high: cpu.update(shape, flat, lasts, mine, low, high, total, now, numbers))
 
-    def _numbers(self, step: int, global_rows: int) -> npt.NDArray[np.float32]:
+        def gradient(thread: int) -> None:
+            low, high = (cpu.cut(items.starts, num_items, thread + k, workers.threads) for k in (0, 1))
+            cpu.gradient(
+                shape, items.starts, items.order, low, high, users.slot, own, self._before, self._slope, numbers,
+                self._gradient,
+            )  # fmt: skip
+
+        workers.all(user_pass)
+        workers.all(gradient)
+        total = exchange.give_back(torch.from_numpy(self._gradient[:num_items])).numpy()
+        workers.ranges(
+            len(mine), lambda low, high: cpu.update(shape, table, lasts, mine, low, high, total, now, numbers)
+        )
+
+    def _numbers(self, step: int, global_rows: int) -> Floats32:
         """``kernels.cpu.STEP_FIELDS`` of a step."""
         optimizer, form = self._optimizer, self.model.form
         rate, (beta1, beta2), scale = optimizer.rate(step), optimizer.betas, 2 / global_rows
@@ -178,20 +173,19 @@ class FusedStep(nn.Module):
              form.sigmoid_range is not None, offset], np.float32,
         )  # fmt: skip
 
-    def _buffer(self, name: str, rows: int) -> npt.NDArray[np.float32]:
-        kept = self._work.get(name)
-        if kept is None or len(kept) < rows:
-            kept = self._work[name] = np.empty((rows + rows // 8, self.model.form.width), np.float32)
-        return kept
+    def _reserve(self, ratings: int) -> None:
+        """Make room for a batch of so many ratings."""
+        if ratings <= self._capacity:
+            return
+        self._capacity = ratings + ratings // 8
+        self._by_user.reserve(self._capacity)
+        self._by_item.reserve(self._capacity)
+        shape = self._capacity, self.model.form.width
+        self._own, self._before, self._gradient = (np.empty(shape, np.float32) for _ in range(3))
+        self._slope, self._error = np.empty(self._capacity, np.float32), np.empty(self._capacity, np.float32)
 
-    def _vector(self, name: str, rows: int) -> npt.NDArray[np.float32]:
-        kept = self._work.get(name)
-        if kept is None or len(kept) < rows:
-            kept = self._work[name] = np.empty(rows, np.float32)
-        return kept[:rows]
 
-
-def _flat(table: ShardedTable) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+def _flat(table: ShardedTable) -> tuple[Floats32, Ints32]:
     """The packed rows as one float32 array, and the same memory as int32."""
     flat = table.packed.view(-1).numpy()
     return flat, flat.view(np.int32)

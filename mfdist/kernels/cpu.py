@@ -14,18 +14,13 @@ Threads are plain Python threads over ranges of rows; the kernels release the GI
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
 
 from mfdist.kernels import stride_of
+from mfdist.kernels.machine import bare, prefetch, wait_for_all
 from mfdist.kernels.rules import SHORT_GAP, AdamRules
 
 ADAMW, SPARSE_ADAM, ROWWISE_ADAGRAD, SGD = range(4)
@@ -33,33 +28,14 @@ KINDS = {"adamw": ADAMW, "sparse_adam": SPARSE_ADAM, "rowwise_adagrad": ROWWISE_
 AHEAD = 8
 """Rows between the one in work and the one whose memory is asked for."""
 
-Floats32 = npt.NDArray[np.float32]
-Ints32 = npt.NDArray[np.int32]
-
-
-@intrinsic
-def _prefetch_line(typingctx: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line of ``array[index]``, to be written soon."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        from llvmlite import ir
-
-        insert: Any = cgutils.get_or_insert_function
-        base = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        pointer = builder.bitcast(builder.gep(base, [arguments[1]]), ir.IntType(8).as_pointer())
-        i32 = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
-        function = insert(builder.module, kind, "llvm.prefetch.p0i8")
-        builder.call(function, [pointer, i32(1), i32(3), i32(1)])
-        return context.get_dummy_value()
-
-    return types.void(array, index), generate
+FORGOTTEN = 1e-25
+"""A momentum that has shrunk by this much is none: float32 numbers below 1e-38 would cost a hundred cycles each."""
 
 
 # Grouping -----------------------------------------------------------------------------------------
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, error_model="numpy", cache=True)
 def group(ids: Any, order: Any, scratch: Any, rows: Any, starts: Any, slot: Any) -> int:
     """Sort ``ids`` (int32, not negative) stably: distinct ``rows`` ascending, and where each starts in ``order``.
 
@@ -110,6 +86,7 @@ def group(ids: Any, order: Any, scratch: Any, rows: Any, starts: Any, slot: Any)
 
 
 # Kernels: ``shape`` is (factors, width, stride, kind), see :func:`shape_of` --------------------------
+# Slices, not sums of indices, and numpy's error model: LLVM makes vector instructions of the loops only so.
 
 STEP_FIELDS = ("decay", "rate1", "root2", "beta1", "beta2", "eps", "rate", "scale", "l2_factors", "l2_biases", "low",
                "span", "sigmoid", "offset")  # fmt: skip
@@ -123,138 +100,146 @@ def shape_of(dim: int, bias: bool, kind: int) -> tuple[int, int, int, int]:
     return dim, width, stride_of(width, state), kind
 
 
-_prefetch: Any = _prefetch_line
+_kernel = njit(nogil=True, fastmath=True, error_model="numpy", cache=True)
+_inlined = njit(nogil=True, fastmath=True, error_model="numpy", inline="always")
+LOG_DECAY, AMPLITUDE, SPREAD, RATIO = range(4)
+"""Columns of ``by_step``, see :func:`rule_arrays`."""
 
 
-@njit(nogil=True, fastmath=True, cache=True)
-def ask(shape: Any, table: Any, row: Any) -> None:
-    stride = shape[2]
-    base = np.int64(row) * stride
-    for k in range(0, stride, 16):
-        _prefetch(table, base + k)
-    _prefetch(table, base + stride - 1)
+@_inlined
+def ask(array: Any, first: Any, size: Any) -> None:
+    """Ask for the cache lines of ``array[first : first + size]``."""
+    for k in range(first, first + size, 16):
+        prefetch(array, k)
+    prefetch(array, first + size - 1)
 
 
-@njit(nogil=True, fastmath=True, cache=True)
-def add_nodes(
-    shape: Any, table: Any, base: Any, nodes: Any, weights: Any, shrink: Any, gain: Any, eps: Any, total: Any
-) -> None:
-    width = shape[1]
-    for k in range(nodes.size):
-        x, a = np.float32(nodes[k] * shrink), np.float32(weights[k] * gain)
-        if a != 0:
+@_inlined
+def catch_up(shape: Any, table: Any, base: Any, last: Any, now: Any, rules: Any, numbers: Any, work: Any) -> None:
+    """Bring the row at ``base``, which stands after step abs(``last``), to the state after step ``now``.
+
+    ``last`` is not written; ``work`` is space (2, width). See ``kernels.rules`` for the sums.
+    """
+    if abs(last) != now:
+        _dim, width, _stride, kind = shape
+        by_step, by_gap, early, horizon, plain_below = rules
+        log_decay = by_step[now, LOG_DECAY] - by_step[abs(last), LOG_DECAY]
+        decay = np.float32(np.exp(log_decay))
+        w = table[base : base + width]
+        if kind == ADAMW and last > 0:
+            m, v = table[base + width : base + 2 * width], table[base + 2 * width : base + 3 * width]
+            root, total = work[0], work[1]
+            gap, eps = now - last, numbers[5]
             for d in range(width):
-                total[d] += a / (np.sqrt(table[base + 2 * width + d]) * x + eps)
-
-
-@njit(nogil=True, fastmath=True, cache=True)
-def add_ratio(shape: Any, table: Any, base: Any, rule: Any, shrink: Any, gain: Any, eps: Any, total: Any) -> None:
-    width = shape[1]
-    one = np.float32(1)
-    centre, g = np.float32(rule[0] * shrink), np.float32(gain)
-    p0, p1, p2, p3 = g * rule[1], g * rule[2], g * rule[3], g * rule[4]
-    q1, q2, q3, q4 = rule[5], rule[6], rule[7], rule[8]
-    for d in range(width):
-        a = np.sqrt(table[base + 2 * width + d]) * centre
-        inverse = one / (a + eps)
-        r = a * inverse
-        top = p0 + r * (p1 + r * (p2 + r * p3))
-        total[d] += inverse * top / (one + r * (q1 + r * (q2 + r * (q3 + r * q4))))
-
-
-@njit(nogil=True, fastmath=True, cache=True)
-def catch_up(shape: Any, table: Any, lasts: Any, base: Any, now: Any, rules: Any, numbers: Any, total: Any) -> None:
-    """Bring the row at ``base`` to the state after step ``now``; ``last`` is not written."""
-    _dim, width, stride, kind = shape
-    ratios, nodes, weights, log_decay, power1, power2, horizon, plain_below, amplitude, spread = rules
-    last = lasts[base + stride - 1]
-    since = abs(last)
-    if since == now:
-        return
-    decay = np.float32(np.exp(log_decay[now] - log_decay[since]))
-    if kind == ADAMW and last > 0:
-        gap = now - last
-        eps = numbers[5]
-        for d in range(width):
-            total[d] = 0
-        shrink1, shrink2 = power1[gap], power2[gap]
-        if gap <= SHORT_GAP:
-            for j in range(1, gap + 1):
-                t = last + j
-                a = np.float32(amplitude[t] * power1[j] * np.exp(log_decay[last] - log_decay[t]))
-                x = np.float32(np.sqrt(power2[j]) * spread[t])
-                for d in range(width):
-                    total[d] += a / (np.sqrt(table[base + 2 * width + d]) * x + eps)
-        elif last < plain_below:
-            add_nodes(shape, table, base, nodes[last], weights[last], 1.0, 1.0, eps, total)
-        else:
-            add_ratio(shape, table, base, ratios[last], 1.0, 1.0, eps, total)
-        if SHORT_GAP < gap < horizon:
-            gain = -shrink1 * np.exp(log_decay[last] - log_decay[now])
-            if now < plain_below:
-                add_nodes(shape, table, base, nodes[now], weights[now], np.sqrt(shrink2), gain, eps, total)
+                root[d] = np.sqrt(v[d])
+                total[d] = 0
+            shrink1, shrink2 = by_gap[gap, 0], by_gap[gap, 1]
+            if gap <= SHORT_GAP:
+                for j in range(1, gap + 1):
+                    t = last + j
+                    ratio = np.exp(by_step[last, LOG_DECAY] - by_step[t, LOG_DECAY])
+                    a = np.float32(by_step[t, AMPLITUDE] * by_gap[j, 0] * ratio)
+                    x = np.float32(np.sqrt(by_gap[j, 1]) * by_step[t, SPREAD])
+                    for d in range(width):
+                        total[d] += a / (root[d] * x + eps)
             else:
-                add_ratio(shape, table, base, ratios[now], np.sqrt(shrink2), gain, eps, total)
-        s1, s2 = np.float32(shrink1), np.float32(shrink2)
-        for d in range(width):
-            m = table[base + width + d]
-            table[base + d] = decay * (table[base + d] - m * total[d])
-            table[base + width + d] = m * s1
-            table[base + 2 * width + d] *= s2
-    elif decay != 1:
-        for d in range(width):
-            table[base + d] *= decay
+                add_rule(width, by_step, early, plain_below, last, 1.0, 1.0, eps, root, total)
+                if gap < horizon:
+                    gain = -shrink1 * np.exp(-log_decay)
+                    add_rule(width, by_step, early, plain_below, now, np.sqrt(shrink2), gain, eps, root, total)
+            s1, s2 = np.float32(shrink1), np.float32(shrink2)
+            for d in range(width):
+                w[d] = decay * (w[d] - m[d] * total[d])
+                m[d] *= s1
+                v[d] *= s2
+        elif decay != 1:
+            for d in range(width):
+                w[d] *= decay
 
 
-@njit(nogil=True, fastmath=True, cache=True)
-def move(shape: Any, table: Any, lasts: Any, base: Any, grad: Any, step: Any, numbers: Any) -> None:
-    """One optimizer step of the row at ``base``."""
-    _dim, width, stride, kind = shape
+@_inlined
+def add_rule(
+    width: Any, by_step: Any, early: Any, plain_below: Any, s: Any, shrink: Any, gain: Any, eps: Any, root: Any,
+    total: Any,
+) -> None:  # fmt: skip
+    """Add to ``total`` the rule of step ``s``, its points times ``shrink`` and its weights times ``gain``."""
+    if s < plain_below:
+        for k in range(early.shape[2]):
+            x, a = np.float32(early[s, 0, k] * shrink), np.float32(early[s, 1, k] * gain)
+            if a != 0:
+                for d in range(width):
+                    total[d] += a / (root[d] * x + eps)
+    else:
+        one, g = np.float32(1), np.float32(gain)
+        centre = np.float32(by_step[s, RATIO] * shrink)
+        p0, p1 = g * np.float32(by_step[s, RATIO + 1]), g * np.float32(by_step[s, RATIO + 2])
+        p2, p3 = g * np.float32(by_step[s, RATIO + 3]), g * np.float32(by_step[s, RATIO + 4])
+        q1, q2 = np.float32(by_step[s, RATIO + 5]), np.float32(by_step[s, RATIO + 6])
+        q3, q4 = np.float32(by_step[s, RATIO + 7]), np.float32(by_step[s, RATIO + 8])
+        for d in range(width):
+            a = root[d] * centre
+            inverse = one / (a + eps)
+            r = a * inverse
+            top = p0 + r * (p1 + r * (p2 + r * p3))
+            total[d] += inverse * top / (one + r * (q1 + r * (q2 + r * (q3 + r * q4))))
+
+
+@_inlined
+def move(shape: Any, row: Any, grad: Any, numbers: Any) -> None:
+    """One optimizer step of a packed ``row``."""
+    _dim, width, _stride, kind = shape
     one = np.float32(1)
     decay, rate1, root2, beta1, beta2 = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
     eps, rate = numbers[5], numbers[6]
+    w = row[:width]
     if kind <= SPARSE_ADAM:
+        m, v = row[width : 2 * width], row[2 * width : 3 * width]
         for d in range(width):
             g = grad[d]
-            m = table[base + width + d]
-            m = m + (one - beta1) * (g - m)
-            v = table[base + 2 * width + d] * beta2 + (one - beta2) * g * g
-            table[base + width + d] = m
-            table[base + 2 * width + d] = v
-            table[base + d] = table[base + d] * decay - rate1 * m / (np.sqrt(v) * root2 + eps)
+            m1 = m[d] + (one - beta1) * (g - m[d])
+            v1 = v[d] * beta2 + (one - beta2) * g * g
+            m[d] = m1
+            v[d] = v1
+            w[d] = w[d] * decay - rate1 * m1 / (np.sqrt(v1) * root2 + eps)
     elif kind == ROWWISE_ADAGRAD:
         squares = np.float32(0)
         for d in range(width):
             squares += grad[d] * grad[d]
-        accumulator = table[base + width] + squares / np.float32(width)
-        table[base + width] = accumulator
+        accumulator = row[width] + squares / np.float32(width)
+        row[width] = accumulator
         pace = rate / (np.sqrt(accumulator) + eps)
         for d in range(width):
-            table[base + d] = table[base + d] * decay - pace * grad[d]
+            w[d] = w[d] * decay - pace * grad[d]
     else:
         for d in range(width):
-            table[base + d] = table[base + d] * decay - rate * grad[d]
-    lasts[base + stride - 1] = step
+            w[d] = w[d] * decay - rate * grad[d]
 
 
-@njit(nogil=True, fastmath=True, cache=True)
+@_kernel
 def gather(
     shape: Any, table: Any, lasts: Any, rows: Any, low: Any, high: Any, out: Any, now: Any, rules: Any, numbers: Any
 ) -> None:
     """Bring ``rows[low:high]`` to the present, in place, and copy their weights to ``out``."""
     _dim, width, stride, _kind = shape
-    total = np.empty(width, np.float32)
+    table, lasts, rows, out, numbers = bare(table), bare(lasts), bare(rows), bare(out), bare(numbers)
+    rules = (bare(rules[0]), bare(rules[1]), bare(rules[2]), rules[3], rules[4])
+    space = np.empty((2, width), np.float32)
+    work = bare(space)
     for j in range(low, high):
         if j + AHEAD < high:
-            ask(shape, table, rows[j + AHEAD])
+            ask(table, np.int64(rows[j + AHEAD]) * stride, stride)
         base = np.int64(rows[j]) * stride
-        catch_up(shape, table, lasts, base, now, rules, numbers, total)
-        lasts[base + stride - 1] = now if lasts[base + stride - 1] > 0 else -now
+        row, place = table[base : base + stride], base + stride - 1
+        last = lasts[place]
+        catch_up(shape, table, base, last, now, rules, numbers, work)
+        lasts[place] = now if last > 0 else -now
+        copy = out[j]
         for d in range(width):
-            out[j, d] = table[base + d]
+            copy[d] = row[d]
+    space[0, 0] = 0  # it lives until here
 
 
-@njit(nogil=True, fastmath=True, cache=True)
+@_kernel
 def user_pass(
     shape: Any, table: Any, lasts: Any, rows: Any, starts: Any, order: Any, low: Any, high: Any, item_slot: Any,
     items: Any, rating: Any, before: Any, slope: Any, error: Any, now: Any, rules: Any, numbers: Any,
@@ -265,25 +250,32 @@ def user_pass(
     one = np.float32(1)
     scale, l2_factors, l2_biases = numbers[7], numbers[8], numbers[9]
     base_rating, span, sigmoid, offset = numbers[10], numbers[11], numbers[12], numbers[13]
-    grad, total = np.empty(width, np.float32), np.empty(width, np.float32)
+    table, lasts, rows, starts, order = bare(table), bare(lasts), bare(rows), bare(starts), bare(order)
+    item_slot, items, rating, before = bare(item_slot), bare(items), bare(rating), bare(before)
+    slope, error, numbers = bare(slope), bare(error), bare(numbers)
+    rules = (bare(rules[0]), bare(rules[1]), bare(rules[2]), rules[3], rules[4])
+    space = np.empty((3, width), np.float32)
+    work = bare(space)
+    grad = work[2]
     for j in range(low, high):
         if j + AHEAD < high:
-            ask(shape, table, rows[j + AHEAD])
+            ask(table, np.int64(rows[j + AHEAD]) * stride, stride)
         base = np.int64(rows[j]) * stride
-        catch_up(shape, table, lasts, base, now, rules, numbers, total)
-        count = np.float32(starts[j + 1] - starts[j])
+        row, place = table[base : base + stride], base + stride - 1
+        catch_up(shape, table, base, lasts[place], now, rules, numbers, work)
+        was = before[j]
         for d in range(width):
-            before[j, d] = table[base + d]
-            grad[d] = count * (l2_factors if d < dim else l2_biases) * table[base + d]
+            was[d] = row[d]
+            grad[d] = 0
+        penalise(shape, grad, was, starts[j + 1] - starts[j], l2_factors, l2_biases)
         for q in range(starts[j], starts[j + 1]):
             k = order[q]
-            i = item_slot[k]
-            score = np.float32(0)
+            item = items[item_slot[k]]
+            score = offset
             for d in range(dim):
-                score += table[base + d] * items[i, d]
+                score += was[d] * item[d]
             if width > dim:
-                score += table[base + dim] + items[i, dim]
-            score += offset
+                score += was[dim] + item[dim]
             if sigmoid > 0:
                 s = one / (one + np.exp(-score))
                 e = base_rating + span * s - rating[k]
@@ -294,120 +286,152 @@ def user_pass(
             error[k] = e
             slope[k] = c
             for d in range(dim):
-                grad[d] += c * items[i, d]
+                grad[d] += c * item[d]
             if width > dim:
                 grad[dim] += c
-        move(shape, table, lasts, base, grad, now + 1, numbers)
+        move(shape, row, grad, numbers)
+        lasts[place] = now + 1
+    space[0, 0] = 0  # it lives until here
 
 
-@njit(nogil=True, fastmath=True, cache=True)
-def add_up(
-    shape: Any,
-    grad: Any,
-    own: Any,
-    j: Any,
-    starts: Any,
-    order: Any,
-    user_slot: Any,
-    before: Any,
-    slope: Any,
-    numbers: Any,
-) -> None:
+@_inlined
+def penalise(shape: Any, grad: Any, weight: Any, count: Any, l2_factors: Any, l2_biases: Any) -> None:
+    """Add the gradient of the penalty of ``count`` ratings."""
     dim, width, _stride, _kind = shape
-    count = np.float32(starts[j + 1] - starts[j])
-    for d in range(width):
-        grad[d] = count * (numbers[8] if d < dim else numbers[9]) * own[j, d]
-    for q in range(starts[j], starts[j + 1]):
-        k = order[q]
-        u, c = user_slot[k], slope[k]
+    if l2_factors != 0:
+        factor = np.float32(count) * l2_factors
         for d in range(dim):
-            grad[d] += c * before[u, d]
+            grad[d] += factor * weight[d]
+    if l2_biases != 0 and width > dim:
+        grad[dim] += np.float32(count) * l2_biases * weight[dim]
+
+
+@_inlined
+def add_up(
+    shape: Any, grad: Any, own: Any, first: Any, end: Any, order: Any, user_slot: Any, before: Any, slope: Any,
+    numbers: Any,
+) -> None:  # fmt: skip
+    """``grad`` (width,): the gradient of one item with weights ``own`` from its ratings ``order[first:end]``."""
+    dim, width, _stride, _kind = shape
+    for d in range(width):
+        grad[d] = 0
+    penalise(shape, grad, own, end - first, numbers[8], numbers[9])
+    for q in range(first, end):
+        k = order[q]
+        user, c = before[user_slot[k]], slope[k]
+        for d in range(dim):
+            grad[d] += c * user[d]
         if width > dim:
             grad[dim] += c
 
 
-@njit(nogil=True, fastmath=True, cache=True)
+@_kernel
 def item_pass(
     shape: Any, table: Any, lasts: Any, rows: Any, starts: Any, order: Any, low: Any, high: Any, user_slot: Any,
     own: Any, before: Any, slope: Any, now: Any, numbers: Any,
 ) -> None:  # fmt: skip
     """Items ``rows[low:high]``, gathered before (``own``): gradient from the users' ``before``, then update."""
     _dim, width, stride, _kind = shape
-    grad = np.empty(width, np.float32)
+    table, lasts, rows, starts, order = bare(table), bare(lasts), bare(rows), bare(starts), bare(order)
+    user_slot, own, before, slope, numbers = bare(user_slot), bare(own), bare(before), bare(slope), bare(numbers)
+    space = np.empty(width, np.float32)
+    grad = bare(space)
     for j in range(low, high):
         if j + AHEAD < high:
-            ask(shape, table, rows[j + AHEAD])
-        add_up(shape, grad, own, j, starts, order, user_slot, before, slope, numbers)
-        move(shape, table, lasts, np.int64(rows[j]) * stride, grad, now + 1, numbers)
+            ask(table, np.int64(rows[j + AHEAD]) * stride, stride)
+        add_up(shape, grad, own[j], starts[j], starts[j + 1], order, user_slot, before, slope, numbers)
+        base = np.int64(rows[j]) * stride
+        move(shape, table[base : base + stride], grad, numbers)
+        lasts[base + stride - 1] = now + 1
+    space[0] = 0  # it lives until here
 
 
-@njit(nogil=True, fastmath=True, cache=True)
+@_kernel
 def gradient(
     shape: Any, starts: Any, order: Any, low: Any, high: Any, user_slot: Any, own: Any, before: Any, slope: Any,
     numbers: Any, out: Any,
 ) -> None:  # fmt: skip
     """The gradients of items ``low`` to ``high`` alone, for an owner elsewhere: float32 ``out`` (items, width)."""
-    _dim, _width, _stride, _kind = shape
+    starts, order, user_slot, own = bare(starts), bare(order), bare(user_slot), bare(own)
+    before, slope, numbers, out = bare(before), bare(slope), bare(numbers), bare(out)
     for j in range(low, high):
-        add_up(shape, out[j], own, j, starts, order, user_slot, before, slope, numbers)
+        add_up(shape, out[j], own[j], starts[j], starts[j + 1], order, user_slot, before, slope, numbers)
 
 
-@njit(nogil=True, fastmath=True, cache=True)
+@_kernel
 def update(
     shape: Any, table: Any, lasts: Any, rows: Any, low: Any, high: Any, grads: Any, now: Any, numbers: Any
 ) -> None:
     """Take one step on ``rows[low:high]``, which stand after step ``now``, with gradients from elsewhere."""
     stride = shape[2]
+    table, lasts, rows = bare(table), bare(lasts), bare(rows)
+    grads, numbers = bare(grads), bare(numbers)
     for j in range(low, high):
         if j + AHEAD < high:
-            ask(shape, table, rows[j + AHEAD])
-        move(shape, table, lasts, np.int64(rows[j]) * stride, grads[j], now + 1, numbers)
+            ask(table, np.int64(rows[j + AHEAD]) * stride, stride)
+        base = np.int64(rows[j]) * stride
+        move(shape, table[base : base + stride], grads[j], numbers)
+        lasts[base + stride - 1] = now + 1
 
 
-def rule_arrays(rules: AdamRules) -> tuple[Any, ...]:
-    """The tuple that the kernels take: ratios, nodes, weights, log_decay, powers of the betas, horizon, plain_below,
-    amplitude, spread."""
-    steps = np.arange(len(rules.log_decay))
-    early = min(rules.plain_below, len(steps))
-    return (
-        rules.ratios(), np.ascontiguousarray(rules.nodes[:early]), np.ascontiguousarray(rules.weights[:early]),
-        rules.log_decay, rules.betas[0] ** steps, rules.betas[1] ** steps, rules.horizon,
-        rules.plain_below, rules.amplitude, rules.spread,
+@_kernel
+def cut(starts: Any, rows: Any, part: Any, parts: Any) -> int:
+    """The row where range ``part`` of ``parts`` begins: ranges equal in ratings plus rows."""
+    aim = (np.int64(starts[rows]) + rows) * part // parts
+    low, high = 0, rows
+    while low < high:
+        middle = (low + high) // 2
+        if starts[middle] + middle < aim:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@_kernel
+def whole_step(
+    thread: Any, threads: Any, gate: Any, shape: Any, user: Any, item: Any, rating: Any, by_user: Any, by_item: Any,
+    counts: Any, user_table: Any, user_lasts: Any, item_table: Any, item_lasts: Any, own: Any, before: Any, slope: Any,
+    error: Any, now: Any, rules: Any, numbers: Any,
+) -> None:  # fmt: skip
+    """The step of one process, by ``threads`` threads that all call this; ``gate`` (int64, 1) is 0 at the start.
+
+    ``by_user``, ``by_item``: the arrays of :func:`group` for each side; ``counts`` (int64, 2): their rows.
+    """
+    if thread == 0:
+        counts[0] = group(user, by_user[0], by_user[1], by_user[2], by_user[3], by_user[4])
+    if thread == threads - 1:
+        counts[1] = group(item, by_item[0], by_item[1], by_item[2], by_item[3], by_item[4])
+    if threads > 1:
+        wait_for_all(gate, threads)
+    users, items = counts[0], counts[1]
+    low, high = items * thread // threads, items * (thread + 1) // threads
+    gather(shape, item_table, item_lasts, by_item[2], low, high, own, now, rules, numbers)
+    if threads > 1:
+        wait_for_all(gate, 2 * threads)
+    low, high = cut(by_user[3], users, thread, threads), cut(by_user[3], users, thread + 1, threads)
+    user_pass(
+        shape, user_table, user_lasts, by_user[2], by_user[3], by_user[0], low, high, by_item[4], own, rating, before,
+        slope, error, now, rules, numbers,
+    )  # fmt: skip
+    if threads > 1:
+        wait_for_all(gate, 3 * threads)
+    low, high = cut(by_item[3], items, thread, threads), cut(by_item[3], items, thread + 1, threads)
+    item_pass(
+        shape, item_table, item_lasts, by_item[2], by_item[3], by_item[0], low, high, by_user[4], own, before, slope,
+        now, numbers,
     )  # fmt: skip
 
 
-class Workers:
-    """``threads`` threads that share out ranges of rows; the caller is one of them."""
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="kernel") if threads > 1 else None
-
-    def both(self, first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
-        """Two independent calls, side by side where there are two threads."""
-        if self._pool is None:
-            return first(), second()
-        pending = self._pool.submit(first)
-        other = second()
-        return pending.result(), other
-
-    def ranges(self, cuts: list[int], call: Callable[[int, int], None]) -> None:
-        """``call(low, high)`` for each pair of neighbours in ``cuts``."""
-        pairs = list(pairwise(cuts))
-        pending = [self._pool.submit(call, low, high) for low, high in pairs[1:]] if self._pool else []
-        call(*pairs[0])
-        wait(pending)
-        for future in pending:
-            future.result()
-
-    def cuts(self, starts: Ints32, rows: int) -> list[int]:
-        """Row numbers that cut ``rows`` rows into as many ranges as there are threads, equal in ratings plus rows."""
-        if self.threads == 1:
-            return [0, rows]
-        load = starts[: rows + 1].astype(np.int64) + np.arange(rows + 1)
-        aims = load[-1] * np.arange(1, self.threads) // self.threads
-        return [0, *np.searchsorted(load, aims).tolist(), rows]
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+def rule_arrays(rules: AdamRules) -> tuple[Any, ...]:
+    """The tuple that the kernels take: ``by_step`` float64 (steps + 1, RATIO + 9), ``by_gap`` float64 (steps + 1, 2)
+    (powers of the betas), ``early`` float64 (plain_below, 2, NODES) (nodes, weights), horizon, plain_below."""
+    steps = np.arange(len(rules.log_decay))
+    power1 = rules.betas[0] ** steps
+    power1[power1 < FORGOTTEN] = 0
+    early = min(rules.plain_below, len(steps))
+    by_step = np.column_stack([rules.log_decay, rules.amplitude, rules.spread, rules.ratios()])
+    return (
+        by_step, np.column_stack([power1, rules.betas[1] ** steps]),
+        np.stack([rules.nodes[:early], rules.weights[:early]], axis=1), rules.horizon, rules.plain_below,
+    )  # fmt: skip

@@ -1,0 +1,114 @@
+"""What numba does not say by itself: prefetch, arrays without owners, a gate for threads; and the threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+
+@intrinsic
+def _prefetch_line(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of ``array[index]``, to be written soon."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        from llvmlite import ir
+
+        insert: Any = cgutils.get_or_insert_function
+        base = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        pointer = builder.bitcast(builder.gep(base, [arguments[1]]), ir.IntType(8).as_pointer())
+        i32 = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
+        function = insert(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(function, [pointer, i32(1), i32(3), i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, index), generate
+
+
+@intrinsic
+def _bare(typingctx: Any, array: Any) -> Any:
+    """The same array, not counted: numba counts the owners of every slice with atomic instructions otherwise."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        null: Any = cgutils.get_null_value
+        view = context.make_array(signature.args[0])(context, builder, value=arguments[0])
+        view.meminfo = null(view.meminfo.type)
+        view.parent = null(view.parent.type)
+        return view._getvalue()
+
+    return array(array), generate
+
+
+@intrinsic
+def _arrive(typingctx: Any, gate: Any) -> Any:
+    """Add one to ``gate[0]`` (int64), seen by all threads at once."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        from llvmlite import ir
+
+        pointer = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(gate), generate
+
+
+@intrinsic
+def _arrived(typingctx: Any, gate: Any) -> Any:
+    """``gate[0]`` as the other threads have left it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(gate), generate
+
+
+_yield_processor: Any = types.ExternalFunction("sched_yield", types.int32())
+SPINS = 2000
+"""Looks at the gate before the processor is offered to somebody else."""
+
+
+prefetch: Any = _prefetch_line
+bare: Any = _bare
+arrive: Any = _arrive
+arrived: Any = _arrived
+
+
+@njit(nogil=True, cache=True)
+def wait_for_all(gate: Any, aim: Any) -> None:
+    """Say that this thread is here, and wait until ``gate[0]`` (int64) counts ``aim`` arrivals."""
+    arrive(gate)
+    spins = 0
+    while arrived(gate) < aim:
+        spins += 1
+        if spins > SPINS:
+            _yield_processor()
+
+
+class Workers:
+    """``threads`` threads that share out ranges of rows; the caller is one of them."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="kernel") if threads > 1 else None
+
+    def all(self, call: Callable[[int], None]) -> None:
+        """``call(thread)`` on every thread at once."""
+        pending = [self._pool.submit(call, thread) for thread in range(1, self.threads)] if self._pool else []
+        call(0)
+        for future in pending:
+            future.result()
+
+    def ranges(self, rows: int, call: Callable[[int, int], None]) -> None:
+        """``call(low, high)`` for as many even ranges of ``rows`` rows as there are threads."""
+        self.all(lambda thread: call(rows * thread // self.threads, rows * (thread + 1) // self.threads))
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
