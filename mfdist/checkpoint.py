@@ -1,9 +1,11 @@
 """Checkpoints: a folder that exists when its COMMIT does, loadable on any number of ranks.
 
-    RUN/checkpoints/step-00012000/   __R_T.distcp   tensors that rank R's thread T wrote (see ``shards``)
+    RUN/checkpoints/step-00012000/   __R_0.distcp   tensors that rank R held (see ``shards``)
                                      .metadata      which tensor lies where, as torch.distributed.checkpoint has it
                                      state.json     order state, metrics so far, configuration
                                      COMMIT         written last: files with bytes and BLAKE2b
+    RUN/checkpoints/spare/           tensor files of a pruned checkpoint, which the next one overwrites: faster than
+                                     new files, and its room is there; local runs only, removed at the end
 
 Tables are stored one tensor a part (``user.part-00017.rows``), never as one sharded tensor: parts are uneven, and
 a part is the unit that ranks own, so that 4 ranks' checkpoint loads on 1, 3 or 7 with no rank holding a whole table.
@@ -83,11 +85,15 @@ class Retention:
     every: int | None = None
 
 
+def spare_of(run: str) -> str:
+    return storage.join(run, "checkpoints", "spare")
+
+
 def prune(run: str, retention: Retention, chosen: int | None) -> list[int]:
     """Remove all but the checkpoints that ``retention`` names and the ``chosen`` step, and what crashes left behind.
 
     Only the holder of the run directory calls. Returns the steps that were removed. A folder loses its COMMIT first,
-    so that a crash in between leaves no half checkpoint that counts.
+    so that a crash in between leaves no half checkpoint that counts. Local: the last one becomes the spare folder.
     """
     committed = committed_steps(run)
     newest = committed[-1] if committed else -1
@@ -96,8 +102,13 @@ def prune(run: str, retention: Retention, chosen: int | None) -> list[int]:
         kept |= {step for step in committed if step % retention.every == 0}
     gone = [step for step in all_steps(run) if step < newest and step not in kept]
     for step in gone:
-        storage.remove(storage.join(folder_of(run, step), COMMIT))
-        storage.remove(folder_of(run, step))
+        folder = folder_of(run, step)
+        storage.remove(storage.join(folder, COMMIT))
+        if storage.is_local(run) and step == gone[-1]:
+            storage.remove(spare_of(run))
+            os.rename(storage.local_path(folder), storage.local_path(spare_of(run)))
+        else:
+            storage.remove(folder)
     return gone
 
 

@@ -44,6 +44,7 @@ def finish(session: Session) -> dict[str, Any]:
         peak_rss_bytes=int(peak[0]), peak_device_bytes=int(peak[1]),
     )  # fmt: skip
     if world.is_main:
+        storage.remove(checkpoint.spare_of(session.run))
         session.metrics.write("finish", step=progress.step, epoch=progress.epoch, wall_seconds=found["wall_seconds"])
         session.metrics.publish()
         _write_tensorboard(session)

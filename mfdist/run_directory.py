@@ -10,6 +10,7 @@ from mfdist import checkpoint, storage
 from mfdist.config import to_toml
 from mfdist.dataset import Dataset
 from mfdist.errors import UsageError
+from mfdist.lease import LEASE
 
 RUNS, BUILTIN = "runs", "data/builtin"
 OWN = ("config.toml", "run.json", "metrics.jsonl", "report.json", "report.html", "loss.png", "tensorboard",
@@ -33,7 +34,7 @@ def prepare(
 
     UsageError where the folder holds another dataset's run, another job's, or (with ``resume`` never) any run at all.
     """
-    names = [name for name in storage.list_names(run) if name != "STOP"]
+    names = [name for name in storage.list_names(run) if name not in ("STOP", LEASE)]
     shown = storage.redact(run)
     if names and overwrite:
         for name in OWN:

@@ -65,11 +65,12 @@ class Saver:
     """
 
     def __init__(
-        self, run: str, world: World, retention: Retention, threads: int, may_commit: Callable[[], None] | None = None
+        self, run: str, world: World, retention: Retention, may_commit: Callable[[], None] | None = None
     ) -> None:
-        self._run, self._world, self._retention, self._threads = run, world, retention, threads
+        self._run, self._world, self._retention = run, world, retention
         self._may_commit = may_commit or (lambda: None)
         self._save: _Save | None = None
+        self._staging: str | None = None
 
     def begin(
         self, step: int, tensors: shards.Tensors, state: dict[str, Any], chosen: int | None
@@ -89,8 +90,8 @@ class Saver:
         if self._world.any(save.failure is not None):
             self._raise_failure()
         with _noting(save):
-            local = storage.local_path(save.folder) if storage.is_local(save.folder) else tempfile.mkdtemp("-mfdist")
-            save.places = shards.write(local, self._world.rank, tensors, self._threads)
+            local = self._local_folder(save.folder)
+            save.places = shards.write(local, self._world.rank, tensors)
             self._start(save, lambda: self._finish_files(save, local))
         save.pause_seconds = float(self._world.max([time.monotonic() - began])[0])
         return earlier
@@ -138,8 +139,21 @@ class Saver:
         if self._save and self._save.thread:
             self._save.thread.join()
         self._save = None
+        if self._staging:
+            shutil.rmtree(self._staging, ignore_errors=True)
 
     # Inside ----------------------------------------------------------------------------------------
+
+    def _local_folder(self, folder: str) -> str:
+        """Where this rank writes: ``folder`` itself, with the spare file in it, or a temporary one to upload from."""
+        if not storage.is_local(folder):
+            self._staging = self._staging or tempfile.mkdtemp("-mfdist")
+            return self._staging
+        name = shards.file_of(self._world.rank)
+        spare = os.path.join(storage.local_path(checkpoint.spare_of(self._run)), name)
+        if os.path.exists(spare):
+            os.rename(spare, os.path.join(storage.local_path(folder), name))
+        return storage.local_path(folder)
 
     def _start(self, save: _Save, work: Callable[[], None]) -> None:
         def guarded() -> None:
@@ -151,16 +165,12 @@ class Saver:
 
     def _finish_files(self, save: _Save, local: str) -> None:
         """Bring this rank's files to where they stay, and note their bytes and checksums."""
-        try:
-            for name in sorted({place.file for place in save.places}):
-                path = os.path.join(local, name)
-                _flush(path)
-                save.entries[name] = checkpoint.entry(path)
-                if not storage.is_local(save.folder):
-                    _upload(path, storage.join(save.folder, name), save.entries[name]["bytes"])
-        finally:
+        for name in sorted({place.file for place in save.places}):
+            path = os.path.join(local, name)
+            _flush(path)
+            save.entries[name] = checkpoint.entry(path)
             if not storage.is_local(save.folder):
-                shutil.rmtree(local, ignore_errors=True)
+                _upload(path, storage.join(save.folder, name), save.entries[name]["bytes"])
 
     def _commit(self, save: _Save, places: list[shards.Place], entries: Entries) -> None:
         self._may_commit()

@@ -74,7 +74,11 @@ class Session:
     saved_step: int = -1
 
 
-def build(config: TrainConfig, dataset: Dataset, world: World, console: Console, loader: Loader) -> Session:
+def build(
+    config: TrainConfig, dataset: Dataset, world: World, console: Console, loader: Loader,
+    may_save: Callable[[], None] | None = None,
+) -> Session:  # fmt: skip
+    """``may_save`` raises where the run directory is another job's by now; rank 0 calls it before each COMMIT."""
     manifest = dataset.manifest
     form = config.form(manifest)
     optimizer = config.row_optimizer(loader.num_steps * config.epochs)
@@ -106,7 +110,7 @@ def build(config: TrainConfig, dataset: Dataset, world: World, console: Console,
         config, config.run, dataset, world, console, loader, model, fused, replica, optimizer,
         tuple(torch.zeros(1, w, device=world.device) for w in optimizer.state_widths(1)),
         Validation(dataset, world, config.cold == "known-side"), Progress(), MetricsLog(None),
-        Saver(config.run, world, Retention(config.keep, config.keep_every), torch.get_num_threads()),
+        Saver(config.run, world, Retention(config.keep, config.keep_every), may_save),
         time.monotonic(), time.monotonic(),
     )  # fmt: skip
 

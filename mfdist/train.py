@@ -6,10 +6,12 @@ collective: every rank calls.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,9 @@ import torch
 from mfdist import run_directory, storage
 from mfdist.dataset import Dataset
 from mfdist.distributed import World
-from mfdist.errors import DataError, DivergedError, StopRequested
+from mfdist.errors import DataError, DivergedError, MfdistError, StopRequested
 from mfdist.finish import finish
+from mfdist.lease import Lease
 from mfdist.loader import Batch, Loader
 from mfdist.log import Console
 from mfdist.session import Session, build, chosen_epoch, look_after_save, restore_or_initialise, save, wait_for_save
@@ -41,10 +44,18 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     dataset = Dataset.open(config.data)
     if not dataset.manifest.num_ratings["train"]:
         raise DataError(f"{storage.redact(dataset.path)} has no training ratings.")
-    if not _open_run(config, dataset, world, console):
-        return None
-    with StopWatch(config.run, config.max_minutes) as watch, _open_loader(config, dataset, world) as loader:
-        session = build(config, dataset, world, console, loader)
+    with _hold(config.run, world, console) as may_save:
+        if not _open_run(config, dataset, world, console):
+            return None
+        return _train(config, dataset, world, console, may_save)
+
+
+def _train(
+    config: TrainConfig, dataset: Dataset, world: World, console: Console, may_save: Callable[[], None]
+) -> dict[str, Any]:
+    watched = config.run if world.is_main else None
+    with StopWatch(watched, config.max_minutes) as watch, _open_loader(config, dataset, world) as loader:
+        session = build(config, dataset, world, console, loader, may_save)
         try:
             restore_or_initialise(session)
             for epoch in range(session.progress.epoch, config.epochs):
@@ -137,6 +148,23 @@ def _builtin_data(console: Console) -> str:
 
         make_builtin(path)
     return path
+
+
+@contextlib.contextmanager
+def _hold(run: str, world: World, console: Console) -> Iterator[Callable[[], None]]:
+    """Hold the run directory, by rank 0; yields what raises there once another job has taken it over."""
+    with contextlib.ExitStack() as stack:
+        lease = None
+        failure: Exception | None = None
+        if world.is_main:
+            try:
+                lease = stack.enter_context(Lease(run, console.info))
+            except MfdistError as error:
+                failure = error
+        failure = world.broadcast(failure)
+        if failure is not None:
+            raise failure
+        yield lease.check if lease else lambda: None
 
 
 def _open_run(config: TrainConfig, dataset: Dataset, world: World, console: Console) -> bool:
