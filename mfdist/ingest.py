@@ -86,6 +86,8 @@ def ingest(
     ):
         for source, layout in zip(sources, layouts, strict=True):
             _ingest_one(source, layout, result, seen, pool, rejected, progress, threads + 1)
+    for spill in (result.rows, *result.ids):  # the last runs side by side
+        spill.close()
     return result
 
 

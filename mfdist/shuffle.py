@@ -192,7 +192,7 @@ def scatter_slices(source: Any, target: Any, first: int, cuts: Any, where: Any) 
 @intrinsic
 def _pointer(_context: Any, address: Any, like: Any) -> Any:
     """``address`` (uint64) as a pointer to elements of the array ``like``."""
-    pointer = types.CPointer(like.dtype)
+    pointer = types.CPointer(like.dtype)  # type: ignore[no-untyped-call]
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(pointer))
@@ -207,6 +207,6 @@ def scatter_units(units: Any, column: int, target: Any, cuts: Any, where: Any) -
     ``units``: uint64 (units, 6): the lane, the first row, the number of rows, the addresses of the three columns.
     """
     for unit in units:
-        source = numba.carray(_pointer(unit[3 + column], target), (np.int64(unit[2]),))
+        source = numba.carray(_pointer(unit[3 + column], target), (np.int64(unit[2]),))  # type: ignore
         lane = np.int64(unit[0])
         scatter_slices(source, target, np.int64(unit[1]), cuts[lane], where[lane])

@@ -7,7 +7,9 @@ of its users, so any range of buckets can be worked on alone, in hash order. Ids
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
 
 import numba
 import numpy as np
@@ -18,6 +20,7 @@ from mfdist.ids import U64, HashCollision, first_of_each, gather_bytes
 BUCKETS = 4096
 _SHIFT = np.uint64(52)
 Arrays = dict[str, npt.NDArray[Any]]
+T = TypeVar("T")
 
 
 @numba.njit(nogil=True, cache=True)
@@ -33,6 +36,28 @@ def bucket_edge(bucket: int) -> int:
     return bucket << 52
 
 
+class Runs(Generic[T]):
+    """Runs in order, each made on a thread beside the caller's; one is in work at most, which bounds the memory."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._made: list[Future[T]] = []
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def add(self, make: Callable[[], T]) -> None:
+        """Begin to make the next run; raises what the one before it has raised."""
+        if self._made:
+            self._made[-1].result()
+        self._made.append(self._thread.submit(make))
+
+    def all(self) -> list[T]:
+        """Every run; no more follow."""
+        self._thread.shutdown()
+        return [run.result() for run in self._made]
+
+
 class RowSpill:
     """Rows as columns 'user' and 'item' (uint64 hashes), 'rating' (float32), 'val' (uint8) and maybe 'time' (int64)."""
 
@@ -40,6 +65,7 @@ class RowSpill:
         self._folder, self._max_bytes = folder, max_bytes
         self._held: list[Arrays] = []
         self._held_bytes = 0
+        self._making: Runs[tuple[Arrays | str, npt.NDArray[np.int64]]] = Runs()
         self._runs: list[tuple[Arrays | str, npt.NDArray[np.int64]]] = []
         self._dtypes: dict[str, np.dtype[Any]] = {}
         self.rows = 0
@@ -53,10 +79,14 @@ class RowSpill:
         if self._held_bytes >= self._max_bytes:
             self._close_run(to_disk=True)
 
-    def finish(self) -> npt.NDArray[np.int64]:
-        """No more rows come; returns the rows of every bucket: int64, (BUCKETS,)."""
+    def close(self) -> None:
+        """No more rows come: begin the last run."""
         if self._held:
-            self._close_run(to_disk=bool(self._runs))
+            self._close_run(to_disk=len(self._making) > 0)
+
+    def finish(self) -> npt.NDArray[np.int64]:
+        """After :meth:`close`, the rows of every bucket: int64, (BUCKETS,)."""
+        self._runs = self._making.all()
         return (
             np.sum([np.diff(edges) for _, edges in self._runs], axis=0) if self._runs else np.zeros(BUCKETS, np.int64)
         )
@@ -67,24 +97,28 @@ class RowSpill:
         return {name: np.concatenate([part[name] for part in parts]) for name in self._dtypes}
 
     def _close_run(self, *, to_disk: bool) -> None:
+        held, self._held, self._held_bytes = self._held, [], 0
+        number = len(self._making)
+        self._making.add(lambda: self._run(held, number, to_disk))
+
+    def _run(self, held: list[Arrays], number: int, to_disk: bool) -> tuple[Arrays | str, npt.NDArray[np.int64]]:
         counts = np.zeros(BUCKETS + 1, np.int64)
-        for part in self._held:
+        for part in held:
             counts[1:] += np.bincount((part["user"] >> _SHIFT).astype(np.int64), minlength=BUCKETS)
         edges = np.cumsum(counts)
         cursor, total = edges[:-1].copy(), int(edges[-1])
         run = {name: np.empty(total, dtype) for name, dtype in self._dtypes.items()}
-        self._held.reverse()
-        while self._held:
-            part = self._held.pop()
+        held.reverse()
+        while held:  # each part is freed when it has been copied
+            part = held.pop()
             place = np.empty(part["user"].size, np.int64)
             _bucket_places(part["user"], cursor, place)
             for name, values in part.items():
                 run[name][place] = values
-        self._held_bytes = 0
-        self._runs.append((self._written(run) if to_disk else run, edges))
+        return self._written(run, number) if to_disk else run, edges
 
-    def _written(self, run: Arrays) -> str:
-        base = os.path.join(self._folder, f"rows-{len(self._runs):05d}")
+    def _written(self, run: Arrays, number: int) -> str:
+        base = os.path.join(self._folder, f"rows-{number:05d}")
         for name, values in run.items():
             values.tofile(f"{base}.{name}")
         return base
@@ -117,7 +151,7 @@ class Ids:
 
 def sorted_ids(hashes: U64, start: Any, length: Any, content: npt.NDArray[np.uint8]) -> Ids:
     """Sort ids by hash and drop repeats. HashCollision where two different ids share a hash."""
-    order = np.argsort(hashes, kind="stable")
+    order = np.argsort(hashes)  # equal hashes in any order: all of them are compared, one is kept
     kept = np.zeros(order.size, np.bool_)
     if first_of_each(order, hashes, content, start, length, kept) < 0:
         raise HashCollision
@@ -134,6 +168,7 @@ class IdSpill:
         self._folder, self._name, self._max_bytes = folder, name, max_bytes
         self._held: list[tuple[U64, npt.NDArray[np.int64], npt.NDArray[np.uint8]]] = []
         self._held_bytes = 0
+        self._making: Runs[tuple[Ids | str, npt.NDArray[np.int64], npt.NDArray[np.int64]]] = Runs()
         self._runs: list[tuple[Ids | str, npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
 
     def add(self, hashes: U64, start: Any, length: Any, content: Any) -> None:
@@ -144,10 +179,14 @@ class IdSpill:
         if self._held_bytes >= self._max_bytes:
             self._close_run(to_disk=True)
 
-    def finish(self) -> int:
-        """No more ids come; returns an upper bound of their number, exact where nothing went to the disk."""
+    def close(self) -> None:
+        """No more ids come: begin the last run."""
         if self._held:
-            self._close_run(to_disk=bool(self._runs))
+            self._close_run(to_disk=len(self._making) > 0)
+
+    def finish(self) -> int:
+        """After :meth:`close`, an upper bound of their number, exact where nothing went to the disk."""
+        self._runs = self._making.all()
         return sum(int(places[-1]) for _, places, _ in self._runs)
 
     def read(self, first: int = 0, end: int = BUCKETS) -> Ids:
@@ -162,16 +201,22 @@ class IdSpill:
         return sorted_ids(hashes, np.cumsum(length) - length, length, content)
 
     def _close_run(self, *, to_disk: bool) -> None:
-        hashes, length, content = (np.concatenate([part[k] for part in self._held]) for k in range(3))
-        self._held, self._held_bytes = [], 0
+        held, self._held, self._held_bytes = self._held, [], 0
+        number = len(self._making)
+        self._making.add(lambda: self._run(held, number, to_disk))
+
+    def _run(
+        self, held: list[tuple[U64, npt.NDArray[np.int64], npt.NDArray[np.uint8]]], number: int, to_disk: bool
+    ) -> tuple[Ids | str, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        hashes, length, content = (np.concatenate([part[k] for part in held]) for k in range(3))
+        held.clear()
         ids = sorted_ids(hashes, np.cumsum(length) - length, length, content)
         borders = np.arange(1, BUCKETS, dtype=np.uint64) << _SHIFT
         places = np.concatenate([[0], np.searchsorted(ids.hashes, borders), [len(ids)]]).astype(np.int64)
-        edges = ids.edges[places]
-        self._runs.append((self._written(ids) if to_disk else ids, places, edges))
+        return self._written(ids, number) if to_disk else ids, places, ids.edges[places]
 
-    def _written(self, ids: Ids) -> str:
-        base = os.path.join(self._folder, f"{self._name}-{len(self._runs):05d}")
+    def _written(self, ids: Ids, number: int) -> str:
+        base = os.path.join(self._folder, f"{self._name}-{number:05d}")
         ids.hashes.tofile(f"{base}.hash")
         ids.edges.tofile(f"{base}.edges")
         ids.content.tofile(f"{base}.text")
