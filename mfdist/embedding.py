@@ -155,6 +155,13 @@ class Table(nn.Module):
         shift = torch.tensor([int(self._starts[k]) - self._held[k][0] for k in order], device=rows.device)
         return rows + shift[torch.searchsorted(firsts, rows, right=True) - 1]
 
+    def local_int32(self, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+        """:meth:`local` for numpy arrays, without torch's threads."""
+        if len(self._held) == 1:
+            first = self._held[0][0]
+            return (rows - first if first else rows).astype(np.int32, copy=False)
+        return self.local(torch.from_numpy(rows)).int().numpy()
+
     @torch.no_grad()
     def settle(self) -> None:
         """Bring every row to the present, in place."""

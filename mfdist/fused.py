@@ -2,7 +2,9 @@
 
 One forward does the whole step but for the offset: it groups the batch, fetches item rows, scores and updates users,
 adds up item gradients and updates items (or sends gradients to their owners). The loss that it returns depends on the
-offset alone, whose gradient backward hands to DistributedDataParallel.
+offset alone, whose gradient backward hands to DistributedDataParallel (one process sets it at once).
+
+No torch operation touches a batch here: torch's threads wait actively after each, on the kernels' processors.
 """
 
 from __future__ import annotations
@@ -63,14 +65,17 @@ class FusedStep(nn.Module):
         self._by_user, self._by_item = Grouped(), Grouped()
         self._capacity = 0
         self._own, self._before, self._mine, self._gradient = (np.empty((0, form.width), np.float32) for _ in range(4))
-        self._slope, self._error = np.empty(0, np.float32), np.empty(0, np.float32)
+        self._slopes, self._errors = np.empty(0, np.float32), np.empty(0, np.float32)
+        self._slope, self._error = self._slopes, self._errors  # of this batch's ratings
         self.squared_error = torch.zeros((), dtype=torch.float64)  # of this rank's rows in the last step
 
     def forward(self, user: torch.Tensor, item: torch.Tensor, rating: torch.Tensor, global_rows: int) -> torch.Tensor:
         """Take one step on this rank's rows; returns their share of the loss (without the penalty)."""
         offset = self.model.offset
-        if offset is None:
-            loss, _ = self._step(user, item, rating, global_rows)
+        if offset is None or self._item.world.size == 1:
+            loss, grad = self._step(user, item, rating, global_rows)
+            if offset is not None:
+                offset.grad = grad
             return loss
         loss_of: torch.Tensor = _Fused.apply(offset, self, user, item, rating, global_rows)  # type: ignore[no-untyped-call]
         return loss_of
@@ -102,16 +107,16 @@ class FusedStep(nn.Module):
         self._reserve(len(rating))
         numbers = self._numbers(self._user.step + 1, global_rows)
         workers = self._workers if len(rating) >= PARALLEL_ROWS else self._alone
-        batch = (self._user.local(user).int().numpy(), item.int().numpy(), rating.numpy())
+        ids = self._user.local_int32(user.numpy()), item.numpy().astype(np.int32, copy=False)
+        batch = (*ids, rating.numpy())
         if self._item.world.size == 1:
             self._step_at_home(workers, batch, numbers)
         else:
             self._step_with_others(workers, batch, numbers)
         self._user.step = self._item.step = self._user.step + 1
-        error, slope = torch.from_numpy(self._error[: len(rating)]), torch.from_numpy(self._slope[: len(rating)])
-        self.squared_error = error.double().square().sum()
-        loss = (self.squared_error / global_rows).float()
-        return loss, slope.double().sum().float().view(1)
+        squares, slopes = cpu.sums(self._error, self._slope)
+        self.squared_error = torch.tensor(squares, dtype=torch.float64)
+        return torch.tensor(squares / global_rows), torch.tensor([slopes], dtype=torch.float32)
 
     def _step_at_home(self, workers: Workers, batch: _Arrays, numbers: Floats32) -> None:
         """All rows are here: every thread goes through the whole step."""
@@ -175,14 +180,17 @@ class FusedStep(nn.Module):
 
     def _reserve(self, ratings: int) -> None:
         """Make room for a batch of so many ratings."""
-        if ratings <= self._capacity:
-            return
+        if ratings > self._capacity:
+            self._grow(ratings)
+        self._slope, self._error = self._slopes[:ratings], self._errors[:ratings]
+
+    def _grow(self, ratings: int) -> None:
         self._capacity = ratings + ratings // 8
         self._by_user.reserve(self._capacity)
         self._by_item.reserve(self._capacity)
         shape = self._capacity, self.model.form.width
         self._own, self._before, self._gradient = (np.empty(shape, np.float32) for _ in range(3))
-        self._slope, self._error = np.empty(self._capacity, np.float32), np.empty(self._capacity, np.float32)
+        self._slopes, self._errors = np.empty(self._capacity, np.float32), np.empty(self._capacity, np.float32)
 
 
 def _flat(table: ShardedTable) -> tuple[Floats32, Ints32]:

@@ -20,7 +20,7 @@ import numpy as np
 from numba import njit
 
 from mfdist.kernels import stride_of
-from mfdist.kernels.machine import bare, prefetch, wait_for_all
+from mfdist.kernels.machine import bare, prefetch, prefetch_read, wait_for_all
 from mfdist.kernels.rules import SHORT_GAP, AdamRules
 
 ADAMW, SPARSE_ADAM, ROWWISE_ADAGRAD, SGD = range(4)
@@ -28,6 +28,8 @@ KINDS = {"adamw": ADAMW, "sparse_adam": SPARSE_ADAM, "rowwise_adagrad": ROWWISE_
 AHEAD = 8
 """Rows between the one in work and the one whose memory is asked for."""
 
+ROW_LOAD = 4
+"""Work on a row beside the work on one of its ratings, to cut ranges."""
 FORGOTTEN = 1e-25
 """A momentum that has shrunk by this much is none: float32 numbers below 1e-38 would cost a hundred cycles each."""
 
@@ -112,6 +114,15 @@ def ask(array: Any, first: Any, size: Any) -> None:
     for k in range(first, first + size, 16):
         prefetch(array, k)
     prefetch(array, first + size - 1)
+
+
+@_inlined
+def ask_row(buffer: Any, slot: Any, order: Any, q: Any, number: Any) -> None:
+    """Ask for the row of ``buffer`` that rating ``order[q]`` of ``number`` will read."""
+    if q < number:
+        ahead = buffer[slot[order[q]]]
+        for k in range(0, ahead.size, 16):
+            prefetch_read(ahead, k)
 
 
 @_inlined
@@ -247,6 +258,7 @@ def user_pass(
     """Users ``rows[low:high]``: catch up, score, update. Writes their weights as they were to ``before`` (row
     by row), and per rating the error and ``slope``, the derivative of the loss by the score."""
     dim, width, stride, _kind = shape
+    number = rating.size
     one = np.float32(1)
     scale, l2_factors, l2_biases = numbers[7], numbers[8], numbers[9]
     base_rating, span, sigmoid, offset = numbers[10], numbers[11], numbers[12], numbers[13]
@@ -270,6 +282,7 @@ def user_pass(
         penalise(shape, grad, was, starts[j + 1] - starts[j], l2_factors, l2_biases)
         for q in range(starts[j], starts[j + 1]):
             k = order[q]
+            ask_row(items, item_slot, order, q + AHEAD, number)
             item = items[item_slot[k]]
             score = offset
             for d in range(dim):
@@ -313,11 +326,13 @@ def add_up(
 ) -> None:  # fmt: skip
     """``grad`` (width,): the gradient of one item with weights ``own`` from its ratings ``order[first:end]``."""
     dim, width, _stride, _kind = shape
+    number = slope.size
     for d in range(width):
         grad[d] = 0
     penalise(shape, grad, own, end - first, numbers[8], numbers[9])
     for q in range(first, end):
         k = order[q]
+        ask_row(before, user_slot, order, q + AHEAD, number)
         user, c = before[user_slot[k]], slope[k]
         for d in range(dim):
             grad[d] += c * user[d]
@@ -376,12 +391,12 @@ def update(
 
 @_kernel
 def cut(starts: Any, rows: Any, part: Any, parts: Any) -> int:
-    """The row where range ``part`` of ``parts`` begins: ranges equal in ratings plus rows."""
-    aim = (np.int64(starts[rows]) + rows) * part // parts
+    """The row where range ``part`` of ``parts`` begins: ranges of equal load."""
+    aim = (np.int64(starts[rows]) + ROW_LOAD * rows) * part // parts
     low, high = 0, rows
     while low < high:
         middle = (low + high) // 2
-        if starts[middle] + middle < aim:
+        if starts[middle] + ROW_LOAD * middle < aim:
             low = middle + 1
         else:
             high = middle
@@ -421,6 +436,16 @@ def whole_step(
         shape, item_table, item_lasts, by_item[2], by_item[3], by_item[0], low, high, by_user[4], own, before, slope,
         now, numbers,
     )  # fmt: skip
+
+
+@_kernel
+def sums(error: Any, slope: Any) -> tuple[float, float]:
+    """(sum of squared errors, sum of slopes), float64."""
+    squares, slopes = 0.0, 0.0
+    for k in range(error.size):
+        squares += np.float64(error[k]) * np.float64(error[k])
+        slopes += np.float64(slope[k])
+    return squares, slopes
 
 
 def rule_arrays(rules: AdamRules) -> tuple[Any, ...]:

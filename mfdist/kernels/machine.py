@@ -11,23 +11,26 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 
-@intrinsic
-def _prefetch_line(typingctx: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line of ``array[index]``, to be written soon."""
+def _prefetch(write: int) -> Any:
+    """An intrinsic that asks for the cache line of ``array[index]``, to be read or to be written soon."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        from llvmlite import ir
+    @intrinsic
+    def line(typingctx: Any, array: Any, index: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            from llvmlite import ir
 
-        insert: Any = cgutils.get_or_insert_function
-        base = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        pointer = builder.bitcast(builder.gep(base, [arguments[1]]), ir.IntType(8).as_pointer())
-        i32 = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
-        function = insert(builder.module, kind, "llvm.prefetch.p0i8")
-        builder.call(function, [pointer, i32(1), i32(3), i32(1)])
-        return context.get_dummy_value()
+            insert: Any = cgutils.get_or_insert_function
+            base = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+            pointer = builder.bitcast(builder.gep(base, [arguments[1]]), ir.IntType(8).as_pointer())
+            i32 = ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
+            function = insert(builder.module, kind, "llvm.prefetch.p0i8")
+            builder.call(function, [pointer, i32(write), i32(3), i32(1)])
+            return context.get_dummy_value()
 
-    return types.void(array, index), generate
+        return types.void(array, index), generate
+
+    return line
 
 
 @intrinsic
@@ -74,7 +77,8 @@ SPINS = 2000
 """Looks at the gate before the processor is offered to somebody else."""
 
 
-prefetch: Any = _prefetch_line
+prefetch: Any = _prefetch(1)
+prefetch_read: Any = _prefetch(0)
 bare: Any = _bare
 arrive: Any = _arrive
 arrived: Any = _arrived
