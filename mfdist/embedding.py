@@ -152,7 +152,8 @@ class Table(nn.Module):
             return rows - self._held[0][0]
         order = np.argsort([first for first, _ in self._held], kind="stable")
         firsts = torch.tensor([self._held[k][0] for k in order], device=rows.device)
-        shift = torch.tensor([int(self._starts[k]) - self._held[k][0] for k in order], device=rows.device)
+        shifts = [int(self._starts[k]) - self._held[k][0] for k in order]
+        shift = torch.tensor(shifts, dtype=torch.int64, device=rows.device)  # also on a rank that holds nothing
         return rows + shift[torch.searchsorted(firsts, rows, right=True) - 1]
 
     def local_int32(self, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
