@@ -245,7 +245,8 @@ def _blocks(rows: Rows) -> shards.Tensors:
     if weight.stride(0) > weight.shape[1]:
         stride = weight.stride(0)
         return {"rows": weight.as_strided((len(weight), stride), (stride, 1))}
-    return {key: tensor.detach().view(torch.float32).view(len(weight), -1) for key, tensor in rows.tensors().items()}
+    found = {key: tensor.detach().view(torch.float32) for key, tensor in rows.tensors().items()}
+    return {key: tensor if tensor.ndim == 2 else tensor[:, None] for key, tensor in found.items()}
 
 
 def _columns(table: Table) -> Columns:

@@ -59,8 +59,8 @@ def _train(
         try:
             restore_or_initialise(session)
             for epoch in range(session.progress.epoch, config.epochs):
-                _train_epoch(session, epoch, watch)
-                _finish_epoch(session, epoch)
+                due = _train_epoch(session, epoch, watch)
+                _finish_epoch(session, epoch, due)
                 if _out_of_patience(session):
                     break
             return finish(session)
@@ -210,11 +210,12 @@ def _open_loader(config: TrainConfig, dataset: Dataset, world: World) -> Loader:
 # Running ------------------------------------------------------------------------------------------
 
 
-def _train_epoch(session: Session, epoch: int, watch: StopWatch) -> None:
+def _train_epoch(session: Session, epoch: int, watch: StopWatch) -> bool:
+    """Returns whether a checkpoint is due at its end."""
     progress, began, waited = session.progress, time.monotonic(), session.loader.stats.wait_seconds
     seconds_before = progress.seconds
     pending: list[torch.Tensor] = []
-    shown = ""
+    shown, save_due = "", False
     next_check, last_check = progress.step + 1, began
     total = session.loader.num_rows
     with session.console.progress(f"epoch {epoch + 1}/{session.config.epochs}", total, progress.rows) as bar:
@@ -233,11 +234,13 @@ def _train_epoch(session: Session, epoch: int, watch: StopWatch) -> None:
                 last = progress.step_in_epoch == session.loader.num_steps
                 if reason and not last:  # a whole epoch is evaluated first, and saved there
                     _stop(session, reason, watch)
-                if (due or minutes_due) and not last:
+                save_due = due or minutes_due
+                if save_due and not last:
                     save(session)
     progress.seconds = seconds_before + time.monotonic() - began
     waited = session.loader.stats.wait_seconds - waited
     session.metrics.write("data", step=progress.step, epoch=epoch, wait_seconds=waited, seconds=progress.seconds)
+    return save_due
 
 
 def _check(
@@ -291,8 +294,8 @@ def _stop(session: Session, reason: str, watch: StopWatch) -> None:
     )
 
 
-def _finish_epoch(session: Session, epoch: int) -> None:
-    """Settle, evaluate, record, save."""
+def _finish_epoch(session: Session, epoch: int, due: bool) -> None:
+    """Settle, evaluate, record, save where it is ``due``, or this is an epoch that is kept in any case."""
     progress, config = session.progress, session.config
     (session.fused or session.model).settle()
     began = time.monotonic()
@@ -321,7 +324,7 @@ def _finish_epoch(session: Session, epoch: int) -> None:
     session.metrics.write("epoch", step=progress.step, **record)
     progress.epoch, progress.step_in_epoch = epoch + 1, 0
     progress.squared_error, progress.rows, progress.seconds = 0.0, 0, 0.0
-    if config.checkpoint_every == "epoch" or config.stop_fraction or progress.epoch == config.epochs:
+    if due or config.checkpoint_every == "epoch" or config.stop_fraction or progress.epoch == config.epochs:
         save(session)
 
 

@@ -1,0 +1,116 @@
+"""One job at a time in a run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mfdist import lease
+from mfdist.errors import MfdistError
+from mfdist.lease import Lease
+
+
+@pytest.fixture(autouse=True)
+def no_scheduler(monkeypatch):
+    for name in ("SLURM_JOB_ID", "JOB_COMPLETION_INDEX", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def plant(run, **changes):
+    """A lease as another process would have left it."""
+    other = {**lease.identity(), "token": "other", "beat": time.time(), **changes}
+    (run / "lease.json").write_text(json.dumps(other))
+
+
+def take(run, said=None):
+    with Lease(str(run), (said if said is not None else []).append):
+        return json.loads((run / "lease.json").read_text())
+
+
+def test_a_second_job_is_refused_with_host_and_pid_and_the_lease_ends_with_the_job(tmp_path):
+    with Lease(str(tmp_path), print):
+        child = f"from mfdist.lease import Lease\nLease({str(tmp_path)!r}, print).__enter__()"
+        found = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
+        assert f"in use by process {os.getpid()} on {socket.gethostname()}" in found.stderr
+    assert not (tmp_path / "lease.json").exists()
+    take(tmp_path)
+
+
+def test_a_dead_process_of_this_host_is_followed_at_once(tmp_path):
+    child = f"from mfdist.lease import Lease\nimport os\nLease({str(tmp_path)!r}, print).__enter__()\nos._exit(9)"
+    subprocess.run([sys.executable, "-c", child], check=False)
+    assert (tmp_path / "lease.json").exists()
+    said = []
+    assert take(tmp_path, said)["pid"] == os.getpid() and not said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"started": "1"}, {"boot": "another"}, {"host": "gone", "beat": time.time() - 3600}],
+    ids=["the pid is another process now", "the host was started again", "an old heartbeat"],
+)
+def test_followed_at_once(tmp_path, changes):
+    plant(tmp_path, **changes)
+    take(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [{"SLURM_JOB_ID": "77"}, {"JOB_COMPLETION_INDEX": "0", "HOSTNAME": "train-0"}, {"TORCHELASTIC_RUN_ID": "abc"}],
+    ids=["slurm", "kubernetes", "torchrun"],
+)
+def test_the_same_scheduler_job_follows_at_once_and_another_waits(tmp_path, monkeypatch, env):
+    if host := env.pop("HOSTNAME", None):
+        monkeypatch.setattr(socket, "gethostname", lambda: host)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    plant(tmp_path, host="elsewhere")
+    take(tmp_path)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.5)
+    plant(tmp_path, host="elsewhere", job="slurm other 78")
+    said = []
+    take(tmp_path, said)
+    assert len(said) == 1 and "elsewhere" in said[0] and "waiting" in said[0]
+
+
+def test_a_holder_elsewhere_that_beats_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "STALE_SECONDS", 1.0)
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.2)
+    holder = Lease(str(tmp_path), print)
+    holder._me["host"] = "elsewhere"
+    with holder, pytest.raises(MfdistError, match=r"in use by process .* on elsewhere"):
+        take(tmp_path)
+
+
+def test_who_lost_the_lease_may_not_commit_and_does_not_remove_it(tmp_path):
+    with Lease(str(tmp_path), print) as mine:
+        mine.check()
+        plant(tmp_path, host="newcomer", pid=5)
+        with pytest.raises(MfdistError, match="taken over by process 5 on newcomer"):
+            mine.check()
+    assert json.loads((tmp_path / "lease.json").read_text())["host"] == "newcomer"
+
+
+def test_a_lease_on_an_object_store():
+    run = f"memory://lease-{time.time_ns()}"
+    with Lease(run, print) as mine:
+        mine.check()
+        with pytest.raises(MfdistError, match="in use"):
+            Lease(run, print).__enter__()
+    with Lease(run, print):
+        pass
+
+
+def test_a_directory_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
+    def refuse(path, text):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(lease.storage, "write_text", refuse)
+    with pytest.raises(MfdistError, match=r"cannot be written .Read-only file system"):
+        Lease(str(tmp_path), print).__enter__()
