@@ -1,7 +1,8 @@
 """What a training run will take, before anything is submitted: steps, memory, network, checkpoint, time.
 
 Everything but the time is counted from the manifest and the vocabulary's counts. The time comes from a calibration:
-some steps of the real model on the dataset's own batches, with one rank's share of the tables, in this process.
+some steps of the real model on the dataset's own batches, with one rank's share of the tables, in this process; to
+which are added what a step sends, and what its collective calls wait for.
 
 Example: 1,000 ratings in 4 lanes of 300, 300, 200, 200 rows on 3 ranks, which hold 1, 1 and 2 lanes: the largest
 share is 400 rows where an even one is 333.3, so 17% of the machine waits.
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mfdist.assembly import AHEAD_BYTES
 from mfdist.config import flag
 from mfdist.dataset import Dataset, Manifest
 from mfdist.distributed import World
@@ -26,13 +28,18 @@ from mfdist.embedding import ShardedTable, item_layout, user_layout
 from mfdist.errors import UsageError
 from mfdist.fused import FusedStep
 from mfdist.kernels import stride_of
-from mfdist.loader import Loader
+from mfdist.lanes import row_group_rows
+from mfdist.loader import Loader, available_bytes, id_dtype, ranks_here
 from mfdist.model import MF, MFAdvanced
 from mfdist.schedule import lanes_of_rank
 from mfdist.train_config import TrainConfig
 
 ID_BYTES = 8  # of a row number on the wire
 WARM_UP_STEPS = 3
+COLLECTIVES = 5
+"""Calls that a step of several ranks waits for: how many ids go where, the ids, their rows, gradients, the offset's."""
+PROCESS_BYTES = 400 << 20
+"""What a process takes beside its modules: compiled kernels, the loader's spare buffers, vocabulary and figures."""
 
 
 def parse_ranks(text: str) -> tuple[int, ...]:
@@ -51,6 +58,7 @@ class PlanConfig(TrainConfig):
     calibrate_seconds: float = flag(5.0, "seconds of calibration for each number of ranks; 0: no times", at_least=0)
     threads: int = flag(0, "threads of a rank; 0: this machine's cores divided by the ranks", at_least=0)
     network_gbps: float = flag(10.0, "network of a rank, gigabits per second", above=0)
+    network_latency: float = flag(200.0, "what a collective call waits for, microseconds", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +87,16 @@ def plan(config: PlanConfig) -> list[Plan]:
     """A plan for each of ``config.ranks``; UsageError where a number exceeds the lanes or --data is missing."""
     if config.data is None:
         raise UsageError("--data is needed: the plan is made from a prepared dataset.")
+    base = resident_bytes() + PROCESS_BYTES  # before a calibration makes it larger
     dataset = Dataset.open(config.data)
     lanes = len(dataset.manifest.lanes)
     if max(config.ranks) > lanes:
         raise UsageError(f"--ranks {max(config.ranks)}: the dataset has {lanes} lanes; ask for at most as many ranks.")
-    return [plan_for(config, dataset, ranks) for ranks in config.ranks]
+    return [plan_for(config, dataset, ranks, base) for ranks in config.ranks]
 
 
-def plan_for(config: PlanConfig, dataset: Dataset, ranks: int) -> Plan:
+def plan_for(config: PlanConfig, dataset: Dataset, ranks: int, base_bytes: int = 0) -> Plan:
+    """``base_bytes``: what a process takes without tables and data."""
     manifest = dataset.manifest
     form = config.form(manifest)
     shares = rows_of_ranks(manifest, ranks)
@@ -108,12 +118,14 @@ def plan_for(config: PlanConfig, dataset: Dataset, ranks: int) -> Plan:
     epoch = None
     if config.calibrate_seconds:
         local = calibrate(config, dataset, ranks)
-        epoch = steps * (local.step_seconds + wire * 8 / (config.network_gbps * 1e9)) + local.epoch_end_seconds
+        waiting = COLLECTIVES * config.network_latency * 1e-6 if ranks > 1 else 0.0
+        sending = wire * 8 / (config.network_gbps * 1e9)
+        epoch = steps * (local.step_seconds + waiting + sending) + local.epoch_end_seconds
     return Plan(
         ranks=ranks, lanes=(min(lanes), max(lanes)), efficiency=(rows / ranks / largest) if largest else 1.0,
         steps_per_epoch=steps, table_bytes=table_rows(config, manifest, ranks) * row_bytes,
-        loader_bytes=loader_bytes(manifest, int(largest), max(lanes)),
-        step_bytes=int(batch * 2 * form.width * 4 * 8), base_bytes=resident_bytes(), wire_bytes=wire,
+        loader_bytes=loader_bytes(manifest, int(largest), max(lanes), ranks),
+        step_bytes=int(batch * 2 * form.width * 4 * 8), base_bytes=base_bytes, wire_bytes=wire,
         checkpoint_bytes=(manifest.num_users + manifest.num_items) * stored_bytes_of_row(config, form.width),
         epoch_seconds=epoch, total_seconds=None if epoch is None else epoch * config.epochs,
     )  # fmt: skip
@@ -151,11 +163,13 @@ def expected_unique(counts: np.ndarray[tuple[int], np.dtype[np.int64]], rows: fl
     return float(-np.expm1(rows * np.log1p(-np.minimum(counts / total, 1 - 1e-12))).sum()) if total else 0.0
 
 
-def loader_bytes(manifest: Manifest, rows: int, lanes: int) -> int:
-    """Decoded rows that a rank keeps: all of them, or a row group open and one ahead per lane, whichever is less."""
-    wide = 8 if max(manifest.num_users, manifest.num_items) > 2**31 - 1 else 4
-    group = min(max(8_388_608 // len(manifest.lanes), 32_768), 262_144)
-    return (2 * wide + 4) * min(rows, 2 * lanes * group)
+def loader_bytes(manifest: Manifest, rows: int, lanes: int, ranks: int) -> int:
+    """Of a rank: a permuted row group open and one ahead per lane, blocks of batches, and all rows where they fit."""
+    row_bytes: int = 4 + sum(np.dtype(id_dtype(count)).itemsize for count in (manifest.num_users, manifest.num_items))
+    window = min(rows, 2 * lanes * row_group_rows(len(manifest.lanes))) * row_bytes
+    whole = rows * row_bytes
+    resident = whole if whole <= available_bytes() // ranks_here(ranks) // 4 else 0
+    return window + resident + min(whole, AHEAD_BYTES)
 
 
 def resident_bytes() -> int:
@@ -190,7 +204,7 @@ def calibrate(config: PlanConfig, dataset: Dataset, ranks: int) -> Calibration:
 def _timed(config: PlanConfig, manifest: Manifest, ranks: int, loader: Loader) -> Calibration:
     model, step = _share_of_model(config, manifest, ranks, loader.num_steps * config.epochs)
     users, items = model.user.layout.num_rows, model.item.layout.num_rows
-    steps, seconds, began = 0, 0.0, time.monotonic()
+    steps, seconds_in_steps, began = 0, 0.0, time.monotonic()
     for batch in loader.epoch(0):
         start = time.monotonic()
         loss = step(batch.user % users, batch.item % items, batch.rating, batch.global_rows)
@@ -198,20 +212,28 @@ def _timed(config: PlanConfig, manifest: Manifest, ranks: int, loader: Loader) -
             loss.backward()
         steps += 1
         if steps > WARM_UP_STEPS:
-            seconds += time.monotonic() - start
+            seconds_in_steps += time.monotonic() - start
         else:
             began = time.monotonic()
         if steps > WARM_UP_STEPS and time.monotonic() - began > config.calibrate_seconds:
             break
     timed = max(steps - WARM_UP_STEPS, 1)
     start = time.monotonic()
-    with torch.no_grad():
-        model(batch.user % users, batch.item % items)
-    forward = (time.monotonic() - start) / max(len(batch.user), 1)
-    start = time.monotonic()
     step.settle()
     settling = time.monotonic() - start
-    return Calibration(seconds / timed, settling + forward * manifest.num_ratings["val"] / ranks)
+    rows = max(1, min(manifest.num_ratings["val"] // ranks, 1 << 18))
+    user, item = torch.randint(users, (rows,)), torch.randint(items, (rows,))
+    seconds_of_rows = math.inf
+    for _ in range(2):  # the first time makes the memory
+        start = time.monotonic()
+        with torch.no_grad():
+            model.form.rating_of_score(
+                model.form.score(model.user.read(user).weight, model.item.read(item).weight, model.offset)
+            )
+        seconds_of_rows = min(seconds_of_rows, time.monotonic() - start)
+    predicting = seconds_of_rows * manifest.num_ratings["val"] / ranks / rows
+    step.close()
+    return Calibration(seconds_in_steps / timed, settling + predicting)
 
 
 def _share_of_model(config: PlanConfig, manifest: Manifest, ranks: int, total_steps: int) -> tuple[MF, FusedStep]:
