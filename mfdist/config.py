@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 import re
 import sys
 import types
@@ -58,7 +59,18 @@ def positional(help: str, *, optional: bool = False) -> Any:
 
 
 def parse_config(cls: type[C], argv: Sequence[str] | None, description: str, prog: str | None = None) -> C:
-    """Read ``argv`` (``sys.argv[1:]`` when None) into ``cls``; UsageError names the flag and the remedy."""
+    """Read ``argv`` (``sys.argv[1:]`` when None) into ``cls``; UsageError names the flag and the remedy.
+
+    All ranks of a host read the same flags: the first of them says what is wrong.
+    """
+    try:
+        return _parse(cls, argv, description, prog)
+    except UsageError as error:
+        error.said_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise
+
+
+def _parse(cls: type[C], argv: Sequence[str] | None, description: str, prog: str | None) -> C:
     parser = _build_parser(cls, description, prog)
     given = vars(parser.parse_args(sys.argv[1:] if argv is None else list(argv)))
     config_file = given.pop("config", None)

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import os
+import re
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -20,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mfdist.errors import UsageError
+from mfdist.errors import LostRankError, MfdistError, UsageError
 
 Floats = npt.NDArray[np.float64]
 T = TypeVar("T")
@@ -54,6 +57,14 @@ class World:
         world = _connect(device, timeout_seconds)
         try:
             yield world
+        except Exception as error:
+            cause = _cause(error)
+            if isinstance(cause, MfdistError):
+                cause.said_elsewhere = not world._first_to_say(cause)
+            world._leave(all_alive=False)
+            if cause is not error:
+                raise cause from None
+            raise
         except BaseException:
             world._leave(all_alive=False)
             raise
@@ -133,6 +144,22 @@ class World:
             dist.all_reduce(torch.from_numpy(array), op)
         return array
 
+    def _first_to_say(self, error: MfdistError) -> bool:
+        """Whether no other rank has met this very error; where the ranks' store does not answer, say it."""
+        first = [True]
+
+        def ask() -> None:
+            store = dist.distributed_c10d._get_default_store()
+            key = hashlib.blake2b(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {error}".encode()).hexdigest()
+            with contextlib.suppress(Exception):
+                first[0] = store.add(f"mfdist/said/{key}", 1) == 1
+
+        if self._connected and self.size > 1 and dist.is_initialized():
+            asking = threading.Thread(target=ask, daemon=True)
+            asking.start()
+            asking.join(STORE_SECONDS)
+        return first[0]
+
     def _leave(self, all_alive: bool) -> None:
         """Delete the DDP objects, then the group: a gloo DDP alive at exit can abort the process."""
         while self._replicas:
@@ -142,6 +169,20 @@ class World:
             if all_alive:
                 self.barrier()
             dist.destroy_process_group()
+
+
+STORE_SECONDS = 2.0
+LOST = re.compile(r"gloo|NCCL|closed by peer|reset by peer|Broken pipe|Socket Timeout", re.IGNORECASE)
+
+
+def _cause(error: Exception) -> Exception:
+    """``error``, or one sentence in its place where it only says that another rank is gone."""
+    if isinstance(error, RuntimeError) and LOST.search(str(error)):
+        return LostRankError(
+            "the contact to another rank of this job was lost; the cause is what that rank or the launcher says. "
+            "The same command continues from the last checkpoint."
+        )
+    return error
 
 
 def _add_gradients(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

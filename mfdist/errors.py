@@ -6,6 +6,7 @@ what to do. :func:`exit_code_of` turns it into that text on stderr and the exit 
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,6 +16,12 @@ class MfdistError(Exception):
     """Anything that mfdist can explain; exit code 1 unless a subclass says better."""
 
     exit_code = 1
+    said_elsewhere = False
+    """Another process of this job prints the same sentence."""
+
+
+class LostRankError(MfdistError):
+    """Another rank ended, or cannot be reached any more."""
 
 
 class UsageError(MfdistError):
@@ -50,16 +57,23 @@ class StopRequested(MfdistError):
 def exit_code_of(job: Callable[[], int | None]) -> int:
     """Run ``job`` and return the process's exit code, printing an error of the user's as its sentences alone.
 
-    An unexpected exception keeps its traceback and gives 1.
+    An unexpected exception keeps its traceback and gives 1; one that the storage raised is a sentence, too.
     """
     try:
         return job() or 0
     except MfdistError as error:
-        print(f"{'stopped' if error.exit_code == 75 else 'error'}: {error}", file=sys.stderr, flush=True)
+        if not error.said_elsewhere:
+            print(f"{'stopped' if error.exit_code == 75 else 'error'}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped: interrupted by the keyboard", file=sys.stderr, flush=True)
         return 130
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+            print(f"error: {error.strerror}: {error.filename or 'the storage'}.", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
         return 1
+
+
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
