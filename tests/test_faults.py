@@ -1,0 +1,355 @@
+"""Kill it anywhere: after each fault the same command continues, and ends bitwise equal to the undisturbed run.
+
+The whole matrix: ``scripts/test --slow tests/test_faults.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+from datasets import make_dataset
+from fsspec.implementations.local import LocalFileSystem
+from pods import ip
+from pods import missing as no_namespaces
+
+from mfdist import checkpoint
+from mfdist.distributed import World
+from mfdist.errors import MfdistError
+from mfdist.log import Console
+from mfdist.train import train
+from mfdist.train_config import TrainConfig
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+QUIET = Console(speaks=False)
+FLAGS = ["--batch-size=50", "--epochs=2", "--emb-dim=8", "--lr=0.01", "--device=cpu", "--checkpoint-every=9",
+         "--keep=2"]  # fmt: skip
+STEPS = 30  # of an epoch
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("data") / "small")
+    make_dataset(path, rows=50 * STEPS, lanes=5, val_rows=200, users=150, items=60, row_group=64)
+    return path
+
+
+def start(data, run, ranks=2, fault=None, flags=(), launch=("--standalone",), space=None, log=None, shell=()):
+    """The real launcher with its workers; the log is a file, because killed agents leave pipes open."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0" if space else "lo"}
+    env.pop("MFDIST_TEST_FAULT", None)
+    if fault:
+        env["MFDIST_TEST_FAULT"] = fault
+    command = [*shell, *(["ip", "netns", "exec", space] if space else []), sys.executable, "-m", "mfdist.launch",
+               *launch, f"--nproc-per-node={ranks}", str(HERE / "faulty_train.py"), "--data", data, "--run", str(run),
+               *FLAGS, *flags]  # fmt: skip
+    with open(log or f"{run}.log", "ab") as stream:
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=stream, stderr=stream, start_new_session=True)
+
+
+def complete(data, run, ranks=2, **values):
+    assert start(data, run, ranks, **values).wait(240) == 0, log_of(run)
+    return Path(run, "model/model.safetensors").read_bytes()
+
+
+def log_of(run):
+    return Path(f"{run}.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def expected(data, tmp_path_factory):
+    """The export of the undisturbed run on two ranks."""
+    return complete(data, tmp_path_factory.mktemp("whole") / "run")
+
+
+def workers(agent):
+    found = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found]
+
+
+def wait_for_step(run, step, process, seconds=240.0):
+    end = time.monotonic() + seconds
+    while not any(done >= step for done in checkpoint.committed_steps(str(run))):
+        assert time.monotonic() < end and process.poll() is None, log_of(run)
+        time.sleep(0.01)
+
+
+# Named points -------------------------------------------------------------------------------------
+
+MATRIX = [
+    ("first step", 0, 1), ("first step", 1, 1), ("mid-step", 0, 23), ("mid-step", 1, 41), ("exchange", 0, 40),
+    ("exchange", 1, 120), ("check", 0, 5), ("before shard", 0, 2), ("before shard", 1, 3), ("in shard", 0, 9),
+    ("in shard", 1, 15), ("flush", 0, 2), ("flush", 1, 3), ("before metadata", 0, 2), ("before COMMIT", 0, 3),
+    ("before COMMIT", 0, 4), ("prune", 0, 1), ("prune", 0, 2), ("evaluation", 0, 1), ("evaluation", 1, 2),
+    ("export", 0, 1),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("point", "rank", "count"), MATRIX, ids=lambda value: str(value).replace(" ", "-"))
+def test_kill_at_a_named_point(data, expected, tmp_path, point, rank, count):
+    run = tmp_path / "run"
+    began = time.monotonic()
+    assert start(data, run, fault=f"{point} {rank} {count} {tmp_path}").wait(240) == 1
+    assert (tmp_path / "fault").exists(), f"{point} was never reached"
+    assert time.monotonic() - began < 60
+    log = log_of(run)
+    assert log.count("Root Cause") == 1 and "Signal 9 (SIGKILL)" in log.split("Root Cause")[1], log
+    assert log.count("Traceback") == 0 and log.count("the contact to another rank of this job was lost") <= 1, log
+    assert complete(data, run) == expected
+    kept = [checkpoint.verify(checkpoint.folder_of(str(run), step)) for step in checkpoint.committed_steps(str(run))]
+    assert kept and not any(kept)
+    assert sorted(checkpoint.committed_steps(str(run))) == checkpoint.all_steps(str(run))
+
+
+@pytest.mark.slow
+def test_the_launcher_restarts_from_the_last_commit(data, expected, tmp_path):
+    run = tmp_path / "run"
+    fault = f"step 1 25 {tmp_path}"
+    assert complete(data, run, fault=fault, launch=("--standalone", "--max-restarts=1")) == expected
+    assert (tmp_path / "fault").exists() and "continuing at epoch 1, step 18" in log_of(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_after_a_kill_on_other_ranks(data, tmp_path, ranks):
+    from safetensors.numpy import load_file
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    complete(data, whole)
+    assert start(data, run, fault=f"mid-step 1 41 {tmp_path}").wait(240) == 1
+    complete(data, run, ranks)
+    first, second = (load_file(path / "model/model.safetensors") for path in (whole, run))
+    for name, one in first.items():
+        assert ((one.astype("f8") - second[name]) ** 2).sum() <= 1e-10 * (one.astype("f8") ** 2).sum(), name
+
+
+# Signals ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["rank 0", "rank 1", "agent"])
+def test_kill_from_outside(data, expected, tmp_path, whom):
+    """A killed agent cannot stop its workers: they end by themselves, or the next start refuses to run beside them."""
+    run = tmp_path / "run"
+    process = start(data, run)
+    wait_for_step(run, 9, process)
+    victims = sorted(workers(process))
+    os.kill(process.pid if whom == "agent" else victims[int(whom[-1])], signal.SIGKILL)
+    process.wait(60)
+    if whom == "agent":
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert complete(data, run) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_gives_75_and_the_rest_follows(data, expected, tmp_path, number):
+    run = tmp_path / "run"
+    process = start(data, run, flags=["--checkpoint-every=3"])
+    wait_for_step(run, 3, process)
+    process.send_signal(number)
+    assert process.wait(60) == 75, log_of(run)
+    assert log_of(run).count("run the same command again") == 1
+    assert complete(data, run, flags=["--checkpoint-every=3"]) == expected
+
+
+@contextlib.contextmanager
+def hosts(count):
+    """Network namespaces on one bridge: their names and addresses."""
+    tag = f"mff{os.getpid()}"
+    names = [f"{tag}-{k}" for k in range(count)]
+    try:
+        ip("link", "add", tag, "type", "bridge")
+        ip("link", "set", tag, "up")
+        for k, name in enumerate(names):
+            ip("netns", "add", name)
+            ip("link", "add", f"{tag}v{k}", "type", "veth", "peer", "name", "eth0", "netns", name)
+            ip("link", "set", f"{tag}v{k}", "master", tag, "up")
+            ip("-n", name, "addr", "add", f"10.78.0.{k + 1}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
+            for pid in found.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "del", tag], capture_output=True, check=False)
+
+
+def start_hosts(data, run, names, restarts=0):
+    """One agent with one worker a host, c10d rendezvous on the first."""
+    found = []
+    for k, name in enumerate(names):
+        launch = (f"--nnodes={len(names)}", "--rdzv-backend=c10d", "--rdzv-endpoint=10.78.0.1:29555", "--rdzv-id=test",
+                  f"--rdzv-conf=is_host={int(k == 0)},join_timeout=60,read_timeout=20", f"--local-addr=10.78.0.{k + 1}",
+                  f"--max-restarts={restarts}")  # fmt: skip
+        shell = ("unshare", "--uts", "sh", "-c", f'hostname host-{k}; exec "$@"', "sh")
+        found.append(start(data, run, 1, launch=launch, space=name, log=f"{run}.log", shell=shell))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(no_namespaces() is not None, reason=str(no_namespaces()))
+def test_sigterm_to_one_of_two_agents_stops_both(data, expected, tmp_path):
+    run = tmp_path / "run"
+    with hosts(2) as names:
+        agents = start_hosts(data, run, names)
+        wait_for_step(run, 9, agents[0])
+        began = time.monotonic()
+        agents[1].send_signal(signal.SIGTERM)
+        assert [agent.wait(60) for agent in agents] == [75, 75], log_of(run)
+        assert time.monotonic() - began < 30
+        again = start_hosts(data, run, names)
+        assert [agent.wait(240) for agent in again] == [0, 0], log_of(run)
+    assert Path(run, "model/model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(no_namespaces() is not None, reason=str(no_namespaces()))
+@pytest.mark.parametrize("how", ["killed", "cut off"])
+def test_a_lost_host_ends_the_others_and_the_job_resumes(data, expected, tmp_path, how):
+    """Killed: the others end within 30 s. Cut off (nothing arrives any more, no connection is closed): within 90 s."""
+    run = tmp_path / "run"
+    with hosts(2) as names:
+        agents = start_hosts(data, run, names)
+        wait_for_step(run, 9, agents[0])
+        began = time.monotonic()
+        if how == "cut off":
+            ip("-n", names[1], "link", "set", "eth0", "down")
+        else:
+            for pid in subprocess.run(["ip", "netns", "pids", names[1]], capture_output=True, text=True).stdout.split():
+                os.kill(int(pid), signal.SIGKILL)
+        assert agents[0].wait(120) in (1, 75), log_of(run)
+        assert time.monotonic() - began < (30 if how == "killed" else 90)
+    with hosts(2) as names:
+        again = start_hosts(data, run, names)
+        assert [agent.wait(240) for agent in again] == [0, 0], log_of(run)
+    assert Path(run, "model/model.safetensors").read_bytes() == expected
+
+
+# Storage ------------------------------------------------------------------------------------------
+
+
+def config(data, run, **values):
+    small = {"batch_size": 50, "epochs": 2, "emb_dim": 8, "lr": 0.01, "device": "cpu", "checkpoint_every": "9",
+             "keep": 2}  # fmt: skip
+    return TrainConfig(data=data, run=str(run), **{**small, **values})
+
+
+class FailingFS(LocalFileSystem):
+    """A disk on which one write in twenty fails."""
+
+    protocol = "failing"
+    rng = random.Random(3)
+    failed = 0
+
+    def _open(self, path, mode="rb", **kwargs):
+        if "w" in mode and FailingFS.rng.random() < 0.05:
+            FailingFS.failed += 1
+            raise OSError(5, "Input/output error", path)
+        return super()._open(path, mode, **kwargs)
+
+
+@pytest.mark.slow
+def test_a_filesystem_that_fails_one_write_in_twenty(data, tmp_path):
+    fsspec.register_implementation("failing", FailingFS, clobber=True)
+    train(config(data, tmp_path / "whole"), World.alone(), QUIET)
+    for number in range(5):
+        c = config(data, f"failing://{tmp_path}/run{number}")
+        for _ in range(60):
+            try:
+                train(c, World.alone(), QUIET)
+                break
+            except (MfdistError, OSError):
+                pass
+        assert (tmp_path / "whole/model/model.safetensors").read_bytes() == (
+            tmp_path / f"run{number}/model/model.safetensors"
+        ).read_bytes()
+    assert FailingFS.failed > 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to mount a small tmpfs")
+def test_a_full_disk_is_a_sentence_and_the_same_command_continues_when_there_is_room(data, expected, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=140k", "tmpfs", str(disk)], check=True)
+    try:
+        run = disk / "run"
+        log = tmp_path / "log"
+        assert start(data, run, log=log).wait(240) == 1, log.read_text()
+        assert "No space left on device" in log.read_text() and "Traceback" not in log.read_text(), log.read_text()
+        assert log.read_text().count("error:") == 1
+        steps = checkpoint.committed_steps(str(run))
+        assert all(checkpoint.verify(checkpoint.folder_of(str(run), step)) == [] for step in steps)
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        assert complete(data, run, log=log) == expected
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_secret_is_found_nowhere(data, tmp_path, capfd):
+    """In a URL: neither in the run directory nor in what is printed, failures included."""
+    secret = "hunter2-not-to-be-seen"
+    run = f"memory://user:{secret}@runs/secret?access_key={secret}"
+    train(config(data, run, epochs=1), World.alone())
+    train(config(data, run), World.alone())
+    with pytest.raises(MfdistError) as caught:
+        train(config(data, run, resume="never"), World.alone())
+    memory = fsspec.filesystem("memory")
+    content = b"".join(memory.cat_file(path) for path in memory.find("/") if "runs/secret" in path)
+    assert len(content) > 100_000 and secret.encode() not in content
+    printed = capfd.readouterr()
+    assert "***" in printed.out and secret not in printed.out + printed.err + str(caught.value)
+
+
+def test_metrics_are_cut_at_the_restored_step(data, tmp_path):
+    c = config(data, tmp_path / "run", keep=99)
+    train(c, World.alone(), QUIET)
+    for step in checkpoint.committed_steps(c.run)[2:]:
+        shutil.rmtree(checkpoint.folder_of(c.run, step))
+    os.unlink(tmp_path / "run/report.json")
+    with open(tmp_path / "run/metrics.jsonl", "a") as stream:
+        stream.write('{"kind": "epoch", "step"')  # a kill in mid-line
+    train(c, World.alone(), QUIET)
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records if record["kind"] == "checkpoint"]
+    assert sorted(steps) == [9, 18, 27, 36, 45, 54, 60]
+    assert [record["epoch"] for record in records if record["kind"] == "epoch"] == [0, 1]
+
+
+# At random ----------------------------------------------------------------------------------------
+
+
+def rounds(data, folder, count, ranks):
+    command = [sys.executable, str(HERE / "faulty_rounds.py"), data, str(folder), str(count), str(ranks), "7"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, capture_output=True, text=True, timeout=3000, cwd=ROOT, env=env)
+    assert found.returncode == 0, found.stderr
+    words = found.stdout.split()
+    killed, finished, unequal = int(words[1]), int(words[3]), int(words[5])
+    assert killed >= count and finished >= count // 20 and unequal == 0, found.stdout + found.stderr
+    return found.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "count"), [(1, 140), (2, 60)])
+def test_random_kills(data, tmp_path, ranks, count):
+    print(rounds(data, tmp_path, count, ranks))
