@@ -19,11 +19,13 @@ LAYERS = (
     "errors ids text_rows / storage / config metrics log schedule shuffle kernels",
     "distributed launch dataset stopping lease",
     "card degrees reading prefetch sources spill optim shards dataset_report "
-    "/ checkpoint / saver planted assembly layouts split lanes embedding export amend blocks / twin device_feed vocabulary prepare_config "
+    "/ checkpoint / saver planted assembly layouts split lanes embedding export amend blocks / twin device_feed "
+    "vocabulary prepare_config "
     "json_rows table_rows / synthesize loader readers / ingest / counting / assemble baseline / survey / append "
     "/ compact / prepare",
     "model builtin",
-    "floors ranking train_config run_directory housekeeping report fused / evaluate recommend validate plan / baseline_run",
+    "floors ranking train_config run_directory housekeeping report fused / evaluate recommend validate plan / "
+    "baseline_run",
     "session api / finish / train",
 )
 
