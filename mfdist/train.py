@@ -255,7 +255,7 @@ def _check(
     cadence = session.config.checkpoint_every
     minutes_due = cadence.endswith("m") and time.monotonic() - session.saved_at >= 60 * int(cadence[:-1])
     losses = torch.stack(pending).cpu().numpy()
-    summed = world.sum(losses)
+    summed = np.sum(world.gather(losses), axis=0)  # in rank order: a reduction's order varies with its length
     flags = [float(reason is not None), float(minutes_due and world.is_main), spent, *session.saver.flags()]
     stop, due, slowest, saving, failed = world.max(flags)
     look_after_save(session, saving, failed)
