@@ -126,6 +126,15 @@ def ask_row(buffer: Any, slot: Any, order: Any, q: Any, number: Any) -> None:
 
 
 @_inlined
+def decay_between(by_step: Any, first: Any, end: Any) -> float:
+    """D_end / D_first, see ``kernels.rules``."""
+    log = by_step[end, LOG_DECAY] - by_step[first, LOG_DECAY]
+    if abs(log) < 0.01:  # four terms are exact to 1e-12 there, at a tenth of the time
+        return 1.0 + log * (1.0 + log * (0.5 + log * (1.0 / 6.0 + log / 24.0)))
+    return np.exp(log)  # type: ignore[no-any-return]
+
+
+@_inlined
 def catch_up(shape: Any, table: Any, base: Any, last: Any, now: Any, rules: Any, numbers: Any, work: Any) -> None:
     """Bring the row at ``base``, which stands after step abs(``last``), to the state after step ``now``.
 
@@ -133,66 +142,98 @@ def catch_up(shape: Any, table: Any, base: Any, last: Any, now: Any, rules: Any,
     """
     if abs(last) != now:
         _dim, width, _stride, kind = shape
-        by_step, by_gap, early, horizon, plain_below = rules
-        log_decay = by_step[now, LOG_DECAY] - by_step[abs(last), LOG_DECAY]
-        decay = np.float32(np.exp(log_decay))
+        by_step, by_gap, _early, horizon, plain_below = rules
+        ratio = decay_between(by_step, abs(last), now)
+        decay = np.float32(ratio)
         w = table[base : base + width]
         if kind == ADAMW and last > 0:
             m, v = table[base + width : base + 2 * width], table[base + 2 * width : base + 3 * width]
-            root, total = work[0], work[1]
             gap, eps = now - last, numbers[5]
-            for d in range(width):
-                root[d] = np.sqrt(v[d])
-                total[d] = 0
-            shrink1, shrink2 = by_gap[gap, 0], by_gap[gap, 1]
-            if gap <= SHORT_GAP:
-                for j in range(1, gap + 1):
-                    t = last + j
-                    ratio = np.exp(by_step[last, LOG_DECAY] - by_step[t, LOG_DECAY])
-                    a = np.float32(by_step[t, AMPLITUDE] * by_gap[j, 0] * ratio)
-                    x = np.float32(np.sqrt(by_gap[j, 1]) * by_step[t, SPREAD])
+            s1, s2 = np.float32(by_gap[gap, 0]), np.float32(by_gap[gap, 1])
+            if gap > SHORT_GAP and last >= plain_below:
+                c, p0, p1, p2, p3, q1, q2, q3, q4 = fraction(by_step, last, 1.0, 1.0)
+                if gap >= horizon:
                     for d in range(width):
-                        total[d] += a / (root[d] * x + eps)
+                        lost = value(np.sqrt(v[d]), eps, c, p0, p1, p2, p3, q1, q2, q3, q4)
+                        w[d] = decay * (w[d] - m[d] * lost)
+                        m[d] *= s1
+                        v[d] *= s2
+                else:
+                    shrink, gain = np.sqrt(by_gap[gap, 1]), -by_gap[gap, 0] / ratio
+                    c_, p0_, p1_, p2_, p3_, q1_, q2_, q3_, q4_ = fraction(by_step, now, shrink, gain)
+                    for d in range(width):
+                        root = np.sqrt(v[d])
+                        lost = value(root, eps, c, p0, p1, p2, p3, q1, q2, q3, q4)
+                        lost += value(root, eps, c_, p0_, p1_, p2_, p3_, q1_, q2_, q3_, q4_)
+                        w[d] = decay * (w[d] - m[d] * lost)
+                        m[d] *= s1
+                        v[d] *= s2
             else:
-                add_rule(width, by_step, early, plain_below, last, 1.0, 1.0, eps, root, total)
-                if gap < horizon:
-                    gain = -shrink1 * np.exp(-log_decay)
-                    add_rule(width, by_step, early, plain_below, now, np.sqrt(shrink2), gain, eps, root, total)
-            s1, s2 = np.float32(shrink1), np.float32(shrink2)
-            for d in range(width):
-                w[d] = decay * (w[d] - m[d] * total[d])
-                m[d] *= s1
-                v[d] *= s2
+                sum_terms(width, v, gap, last, now, rules, ratio, eps, work)
+                total = work[1]
+                for d in range(width):
+                    w[d] = decay * (w[d] - m[d] * total[d])
+                    m[d] *= s1
+                    v[d] *= s2
         elif decay != 1:
             for d in range(width):
                 w[d] *= decay
 
 
 @_inlined
-def add_rule(
-    width: Any, by_step: Any, early: Any, plain_below: Any, s: Any, shrink: Any, gain: Any, eps: Any, root: Any,
-    total: Any,
-) -> None:  # fmt: skip
-    """Add to ``total`` the rule of step ``s``, its points times ``shrink`` and its weights times ``gain``."""
-    if s < plain_below:
+def fraction(by_step: Any, s: Any, shrink: Any, gain: Any) -> Any:
+    """The float32 coefficients of the rule of step ``s``, its points times ``shrink``, its weights times ``gain``."""
+    return (
+        np.float32(by_step[s, RATIO] * shrink), np.float32(by_step[s, RATIO + 1] * gain),
+        np.float32(by_step[s, RATIO + 2] * gain), np.float32(by_step[s, RATIO + 3] * gain),
+        np.float32(by_step[s, RATIO + 4] * gain), np.float32(by_step[s, RATIO + 5]), np.float32(by_step[s, RATIO + 6]),
+        np.float32(by_step[s, RATIO + 7]), np.float32(by_step[s, RATIO + 8]),
+    )  # fmt: skip
+
+
+@_inlined
+def value(root: Any, eps: Any, c: Any, p0: Any, p1: Any, p2: Any, p3: Any, q1: Any, q2: Any, q3: Any, q4: Any) -> Any:
+    """A rule as one fraction, at the root of a second moment (``AdamRules.ratios``)."""
+    one = np.float32(1)
+    a = root * c
+    inverse = one / (a + eps)
+    r = a * inverse
+    return inverse * (p0 + r * (p1 + r * (p2 + r * p3))) / (one + r * (q1 + r * (q2 + r * (q3 + r * q4))))
+
+
+@_inlined
+def sum_terms(width: Any, v: Any, gap: Any, last: Any, now: Any, rules: Any, ratio: Any, eps: Any, work: Any) -> None:
+    """``work[1]``: the sum where the gap is short (term by term) or began early (by nodes); ``work[0]``: roots."""
+    by_step, by_gap, early, horizon, plain_below = rules
+    root, total = work[0], work[1]
+    for d in range(width):
+        root[d] = np.sqrt(v[d])
+        total[d] = 0
+    if gap <= SHORT_GAP:
+        for j in range(1, gap + 1):
+            t = last + j
+            a = np.float32(by_step[t, AMPLITUDE] * by_gap[j, 0] / decay_between(by_step, last, t))
+            x = np.float32(np.sqrt(by_gap[j, 1]) * by_step[t, SPREAD])
+            for d in range(width):
+                total[d] += a / (root[d] * x + eps)
+    else:
         for k in range(early.shape[2]):
-            x, a = np.float32(early[s, 0, k] * shrink), np.float32(early[s, 1, k] * gain)
+            x, a = np.float32(early[last, 0, k]), np.float32(early[last, 1, k])
             if a != 0:
                 for d in range(width):
                     total[d] += a / (root[d] * x + eps)
-    else:
-        one, g = np.float32(1), np.float32(gain)
-        centre = np.float32(by_step[s, RATIO] * shrink)
-        p0, p1 = g * np.float32(by_step[s, RATIO + 1]), g * np.float32(by_step[s, RATIO + 2])
-        p2, p3 = g * np.float32(by_step[s, RATIO + 3]), g * np.float32(by_step[s, RATIO + 4])
-        q1, q2 = np.float32(by_step[s, RATIO + 5]), np.float32(by_step[s, RATIO + 6])
-        q3, q4 = np.float32(by_step[s, RATIO + 7]), np.float32(by_step[s, RATIO + 8])
-        for d in range(width):
-            a = root[d] * centre
-            inverse = one / (a + eps)
-            r = a * inverse
-            top = p0 + r * (p1 + r * (p2 + r * p3))
-            total[d] += inverse * top / (one + r * (q1 + r * (q2 + r * (q3 + r * q4))))
+        if gap < horizon:
+            shrink, gain = np.sqrt(by_gap[gap, 1]), -by_gap[gap, 0] / ratio
+            if now < plain_below:
+                for k in range(early.shape[2]):
+                    x, a = np.float32(early[now, 0, k] * shrink), np.float32(early[now, 1, k] * gain)
+                    if a != 0:
+                        for d in range(width):
+                            total[d] += a / (root[d] * x + eps)
+            else:
+                c, p0, p1, p2, p3, q1, q2, q3, q4 = fraction(by_step, now, shrink, gain)
+                for d in range(width):
+                    total[d] += value(root[d], eps, c, p0, p1, p2, p3, q1, q2, q3, q4)
 
 
 @_inlined
@@ -273,9 +314,8 @@ def user_pass(
         if j + AHEAD < high:
             ask(table, np.int64(rows[j + AHEAD]) * stride, stride)
         base = np.int64(rows[j]) * stride
-        row, place = table[base : base + stride], base + stride - 1
-        catch_up(shape, table, base, lasts[place], now, rules, numbers, work)
-        was = before[j]
+        row, was = table[base : base + stride], before[j]
+        catch_up(shape, table, base, lasts[base + stride - 1], now, rules, numbers, work)
         for d in range(width):
             was[d] = row[d]
             grad[d] = 0
@@ -303,7 +343,7 @@ def user_pass(
             if width > dim:
                 grad[dim] += c
         move(shape, row, grad, numbers)
-        lasts[place] = now + 1
+        lasts[base + stride - 1] = now + 1
     space[0, 0] = 0  # it lives until here
 
 
