@@ -176,6 +176,8 @@ def _check_and_complete(args: Namespace) -> None:
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"--nnodes {args.nnodes}, --nproc-per-node {args.nproc_per_node}: {error}.") from None
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // max(1, workers))))
+    # Torch 2.13's agent keeps one store over all restarts: restarted gloo ranks read the dead ones' addresses in it.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     index = os.environ.get("JOB_COMPLETION_INDEX", os.environ.get("SLURM_NODEID"))
     named_host = args.rdzv_endpoint and not args.rdzv_endpoint.startswith("localhost")
     if index is not None and named_host and args.rdzv_backend == "c10d" and "is_host" not in args.rdzv_conf:
