@@ -24,8 +24,8 @@ LAYERS = (
     "json_rows table_rows / synthesize loader readers / ingest / counting / assemble baseline / survey / append "
     "/ compact / prepare",
     "model builtin",
-    "floors ranking train_config run_directory housekeeping report fused / evaluate recommend validate plan / "
-    "baseline_run",
+    "floors ranking train_config run_directory housekeeping report fused / fused_gpu evaluate recommend validate "
+    "plan / baseline_run",
     "session api / finish / train",
 )
 

@@ -1,0 +1,626 @@
+"""The training step on a GPU, fused, in Triton: the same arithmetic as ``reference``, on packed rows as in ``cpu``.
+
+A step works on a batch sorted twice, by user and by item (``fused_gpu.Sorted``); a *segment* is one row's ratings,
+consecutive in that order. Programs take tiles of segments, so that a short segment is a few turns of a loop:
+
+    gather      item rows as they are now (caught up), copied out; their owner may be another rank
+    user_pass   user rows: catch up, copy out; score their ratings, add up the gradient, update
+    long_parts  segments of more than CHUNK ratings: sums over aligned blocks of CHUNK positions of the order
+    long_rows   their sums over blocks, then the update
+    row_pass    item rows: add up the gradient from the user rows as they were, update
+
+A block of CHUNK positions can hold ratings of two long segments at most, those of its first and its last position, so
+that a row with 10^5 ratings of a batch is read by thousands of programs. No atomics: every sum has a fixed order, and
+results repeat bitwise. Sizes known to the device alone (how many rows a batch has) bound no launch: grids are for
+the most there can be, and programs past the end leave at once. Nothing waits for the device.
+
+``SHAPE`` is (factors, bias, stride, kind, tile width, sigmoid). Factors and bias are apart in the kernels: a tile of
+next_power_of_2(32 + 1) columns would be half empty. ``rules`` is the tuple of :func:`rules_on`. Pointers are to packed
+float32 rows (``table``) and to the same memory as int32 (``lasts``), to the arrays of ``fused_gpu.Sorted``, and to
+rows copied out, PITCH floats apart. ``clock`` (1,) int32: steps taken so far.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from mfdist.kernels import cpu, rules
+from mfdist.kernels.rules import AdamRules
+
+CHUNK = 32
+"""Segments of more ratings are long; also the positions of a block of :func:`long_parts`."""
+TILE = 512
+"""Values of a tile of rows."""
+PART_TILE = 2048
+"""Values of a tile of partial sums."""
+SORT_BLOCK = 1024
+SUM_BLOCK = 4096
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+SPARSE_ADAM = tl.constexpr(cpu.SPARSE_ADAM)
+ADAMW = tl.constexpr(cpu.ADAMW)
+ADAGRAD = tl.constexpr(cpu.ROWWISE_ADAGRAD)
+SHORT_GAP = tl.constexpr(rules.SHORT_GAP)
+NODES = tl.constexpr(rules.NODES)
+
+STEP_COLUMNS = tl.constexpr(16)
+"""Floats of a row of ``by_step``: see :func:`step_table`."""
+RATIO = tl.constexpr(2)
+PACE = tl.constexpr(11)
+
+
+# Grouping -----------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n"])
+def heads(ids: tl.tensor, head: tl.tensor, n: tl.tensor, B: tl.constexpr) -> None:
+    """``head[q]``: whether position q of the sorted ``ids`` begins another segment (position 0 does not)."""
+    q = tl.program_id(0) * B + tl.arange(0, B)
+    here = tl.load(ids + q, mask=q < n, other=0)
+    before = tl.load(ids + q - 1, mask=(q > 0) & (q < n), other=0)
+    tl.store(head + q, ((q > 0) & (here != before)).to(tl.int32), mask=q < n)
+
+
+@triton.jit(do_not_specialize=["n"])
+def list_rows(
+    ids: tl.tensor, order: tl.tensor, number: tl.tensor, rows: tl.tensor, starts: tl.tensor, slot: tl.tensor,
+    count: tl.tensor, n: tl.tensor, B: tl.constexpr,
+) -> None:  # fmt: skip
+    """From the segment ``number`` of each position: ``rows``, ``starts``, ``slot`` and ``count`` of ``Sorted``."""
+    q = tl.program_id(0) * B + tl.arange(0, B)
+    inside = q < n
+    row = tl.load(ids + q, mask=inside, other=0)
+    here = tl.load(number + q, mask=inside, other=0)
+    before = tl.load(number + q - 1, mask=inside & (q > 0), other=-1)
+    begins = inside & (here != before)
+    tl.store(rows + here, row, mask=begins)
+    tl.store(starts + here, q, mask=begins)
+    tl.store(slot + tl.load(order + q, mask=inside, other=0), here, mask=inside)
+    tl.store(starts + here + 1, n + tl.zeros_like(q), mask=q == n - 1)
+    tl.store(count + tl.zeros_like(q), here + 1, mask=q == n - 1)
+
+
+# Rows -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_row(source: tl.tensor, base: tl.tensor, live: tl.tensor, SHAPE: tl.constexpr) -> Any:
+    """Factors (R, D) and biases (R,) at ``source + base``, zeros where not ``live``."""
+    DIM: tl.constexpr = SHAPE[0]
+    d = tl.arange(0, SHAPE[4])
+    factors = tl.load(source + base[:, None] + d[None, :], mask=live[:, None] & (d < DIM)[None, :], other=0.0)
+    bias = tl.zeros_like(live.to(tl.float32))
+    if SHAPE[1]:
+        bias = tl.load(source + base + DIM, mask=live, other=0.0)
+    return factors, bias
+
+
+@triton.jit
+def store_row(
+    target: tl.tensor, base: tl.tensor, factors: tl.tensor, bias: tl.tensor, live: tl.tensor, SHAPE: tl.constexpr
+) -> None:
+    DIM: tl.constexpr = SHAPE[0]
+    d = tl.arange(0, SHAPE[4])
+    tl.store(target + base[:, None] + d[None, :], factors, mask=live[:, None] & (d < DIM)[None, :])
+    if SHAPE[1]:
+        tl.store(target + base + DIM, bias, mask=live)
+
+
+@triton.jit
+def load_state(table: tl.tensor, base: tl.tensor, live: tl.tensor, SHAPE: tl.constexpr) -> Any:
+    """First and second moment of rows, as factors and biases; of rowwise Adagrad the accumulator, as ``mb``."""
+    WIDTH: tl.constexpr = SHAPE[0] + SHAPE[1]
+    if SHAPE[3] <= SPARSE_ADAM:
+        m, mb = load_row(table + WIDTH, base, live, SHAPE)
+        v, vb = load_row(table + 2 * WIDTH, base, live, SHAPE)
+    else:
+        m = tl.zeros_like(base[:, None] + tl.arange(0, SHAPE[4])[None, :]).to(tl.float32)
+        v = m
+        vb = tl.zeros_like(base).to(tl.float32)
+        mb = vb
+        if SHAPE[3] == ADAGRAD:
+            mb = tl.load(table + base + WIDTH, mask=live, other=0.0)
+    return m, v, mb, vb
+
+
+@triton.jit
+def store_state(
+    table: tl.tensor, base: tl.tensor, m: tl.tensor, v: tl.tensor, mb: tl.tensor, vb: tl.tensor, live: tl.tensor,
+    SHAPE: tl.constexpr,
+) -> None:  # fmt: skip
+    WIDTH: tl.constexpr = SHAPE[0] + SHAPE[1]
+    if SHAPE[3] <= SPARSE_ADAM:
+        store_row(table + WIDTH, base, m, mb, live, SHAPE)
+        store_row(table + 2 * WIDTH, base, v, vb, live, SHAPE)
+    elif SHAPE[3] == ADAGRAD:
+        tl.store(table + base + WIDTH, mb, mask=live)
+
+
+# Missed steps, see kernels.rules --------------------------------------------------------------------
+
+
+@triton.jit
+def expm1(x: tl.tensor) -> Any:
+    """exp(x) - 1, as exact near zero as elsewhere."""
+    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720))))))
+    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1)
+
+
+@triton.jit
+def fraction(
+    a: tl.tensor, eps: tl.tensor, p0: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor, q1: tl.tensor,
+    q2: tl.tensor, q3: tl.tensor, q4: tl.tensor,
+) -> Any:  # fmt: skip
+    """A rule of four nodes as one fraction (``AdamRules.ratios``); ``a`` is sqrt(v) c."""
+    inverse = 1 / (a + eps)
+    r = a * inverse
+    return inverse * (p0 + r * (p1 + r * (p2 + r * p3))) / (1 + r * (q1 + r * (q2 + r * (q3 + r * q4))))
+
+
+@triton.jit
+def add_fraction(
+    total: tl.tensor, total_b: tl.tensor, root: tl.tensor, root_b: tl.tensor, step: tl.tensor, use: tl.tensor,
+    shrink: tl.tensor, gain: tl.tensor, by_step: tl.tensor, eps: tl.tensor,
+) -> Any:  # fmt: skip
+    """Add the rules of steps ``step`` (R,), points times ``shrink`` and weights times ``gain``, where in ``use``."""
+    row = by_step + step * STEP_COLUMNS + RATIO
+    c = shrink * tl.load(row, mask=use, other=1.0)
+    p0 = gain * tl.load(row + 1, mask=use, other=0.0)
+    p1 = gain * tl.load(row + 2, mask=use, other=0.0)
+    p2 = gain * tl.load(row + 3, mask=use, other=0.0)
+    p3 = gain * tl.load(row + 4, mask=use, other=0.0)
+    q1 = tl.load(row + 5, mask=use, other=0.0)
+    q2 = tl.load(row + 6, mask=use, other=0.0)
+    q3 = tl.load(row + 7, mask=use, other=0.0)
+    q4 = tl.load(row + 8, mask=use, other=0.0)
+    total += fraction(
+        root * c[:, None], eps, p0[:, None], p1[:, None], p2[:, None], p3[:, None], q1[:, None], q2[:, None],
+        q3[:, None], q4[:, None],
+    )  # fmt: skip
+    total_b += fraction(root_b * c, eps, p0, p1, p2, p3, q1, q2, q3, q4)
+    return total, total_b
+
+
+@triton.jit
+def add_nodes(
+    total: tl.tensor, total_b: tl.tensor, root: tl.tensor, root_b: tl.tensor, step: tl.tensor, use: tl.tensor,
+    shrink: tl.tensor, gain: tl.tensor, early: tl.tensor, eps: tl.tensor,
+) -> Any:  # fmt: skip
+    """:func:`add_fraction` for early steps, whose rules have more nodes."""
+    for k in range(NODES):
+        row = early + step * (2 * NODES) + k
+        x = shrink * tl.load(row, mask=use, other=1.0)
+        a = gain * tl.load(row + NODES, mask=use, other=0.0)
+        total += a[:, None] / (root * x[:, None] + eps)
+        total_b += a / (root_b * x + eps)
+    return total, total_b
+
+
+@triton.jit
+def momentum_left(
+    root: tl.tensor, root_b: tl.tensor, last: tl.tensor, gap: tl.tensor, moved: tl.tensor, now: tl.tensor,
+    log_gain: tl.tensor, rules: tl.tensor,
+) -> Any:  # fmt: skip
+    """S of rows whose sqrt(v) is ``root``: what their momentum did in the ``gap`` missed steps; zero unless moved."""
+    log_decay, by_step, by_gap, early, horizon, plain_below, eps, _c1, _c2 = rules
+    total = tl.zeros_like(root)
+    total_b = tl.zeros_like(root_b)
+    short = moved & (gap <= SHORT_GAP)
+    longest = tl.max(tl.where(short, gap, 0), 0)
+    log_last = tl.load(log_decay + last, mask=short, other=0.0)
+    for j in range(1, longest + 1):
+        use = short & (gap >= j)
+        at = by_step + (last + j) * STEP_COLUMNS
+        behind = (log_last - tl.load(log_decay + last + j, mask=use, other=0.0)).to(tl.float32)
+        power = tl.load(by_gap + 4 * j)
+        a = tl.load(at, mask=use, other=0.0) * power * (1 + expm1(behind))
+        x = tl.load(at + 1, mask=use, other=1.0) * tl.load(by_gap + 4 * j + 2)
+        total += a[:, None] / (root * x[:, None] + eps)
+        total_b += a / (root_b * x + eps)
+    far = moved & (gap > SHORT_GAP)
+    if tl.max(far.to(tl.int32), 0) > 0:
+        one = tl.full(gap.shape, 1.0, tl.float32)
+        later = far & (last >= plain_below)
+        if tl.max(later.to(tl.int32), 0) > 0:
+            total, total_b = add_fraction(total, total_b, root, root_b, last, later, one, one, by_step, eps)
+        first = far & (last < plain_below)
+        if tl.max(first.to(tl.int32), 0) > 0:
+            total, total_b = add_nodes(total, total_b, root, root_b, last, first, one, one, early, eps)
+        near = far & (gap < horizon)
+        if tl.max(near.to(tl.int32), 0) > 0:
+            shrink = tl.load(by_gap + 4 * gap + 2, mask=near, other=1.0)
+            power = tl.load(by_gap + 4 * gap, mask=near, other=0.0)
+            gain = tl.where(near, -power * (1 + expm1(-log_gain)), 0.0)
+            end = tl.zeros_like(gap) + now
+            if now >= plain_below:
+                total, total_b = add_fraction(total, total_b, root, root_b, end, near, shrink, gain, by_step, eps)
+            else:
+                total, total_b = add_nodes(total, total_b, root, root_b, end, near, shrink, gain, early, eps)
+    return total, total_b
+
+
+@triton.jit
+def log_of_decay(last: tl.tensor, now: tl.tensor, rules: tl.tensor) -> Any:
+    """log(D_now / D_last) of rows that stand after step abs(last)."""
+    return (tl.load(rules[0] + now) - tl.load(rules[0] + tl.abs(last))).to(tl.float32)
+
+
+@triton.jit
+def shrunk(
+    m: tl.tensor, v: tl.tensor, mb: tl.tensor, vb: tl.tensor, last: tl.tensor, now: tl.tensor, rules: tl.tensor,
+    SHAPE: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Moments after the steps that rows missed."""
+    if SHAPE[3] == ADAMW:
+        moved = (last > 0) & (last < now)
+        gap = tl.where(moved, now - last, 0)
+        s1 = tl.load(rules[2] + 4 * gap)
+        s2 = tl.load(rules[2] + 4 * gap + 1)
+        m *= s1[:, None]
+        v *= s2[:, None]
+        mb *= s1
+        vb *= s2
+    return m, v, mb, vb
+
+
+@triton.jit
+def brought_up(
+    w: tl.tensor, wb: tl.tensor, m: tl.tensor, v: tl.tensor, mb: tl.tensor, vb: tl.tensor, last: tl.tensor,
+    now: tl.tensor, rules: tl.tensor, SHAPE: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Weights of rows, which stand after step abs(last), after step ``now``; their moments are only read."""
+    log_gain = log_of_decay(last, now, rules)
+    if SHAPE[3] == ADAMW:
+        moved = (last > 0) & (last < now)
+        gap = tl.where(moved, now - last, 0)
+        if tl.max(gap, 0) > 0:
+            sums, sums_b = momentum_left(tl.sqrt(v), tl.sqrt(vb), last, gap, moved, now, log_gain, rules)
+            w -= m * sums
+            wb -= mb * sums_b
+    lost = expm1(log_gain)
+    return w + w * lost[:, None], wb + wb * lost
+
+
+# One step -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def moved_on(
+    w: tl.tensor, wb: tl.tensor, m: tl.tensor, v: tl.tensor, mb: tl.tensor, vb: tl.tensor, g: tl.tensor,
+    gb: tl.tensor, now: tl.tensor, rules: tl.tensor, SHAPE: tl.constexpr,
+) -> Any:  # fmt: skip
+    """One optimizer step of rows that stand after step ``now``, with gradients ``g`` and ``gb``."""
+    _log_decay, by_step, _by_gap, _early, _horizon, _plain_below, eps, c1, c2 = rules
+    pace = by_step + (now + 1) * STEP_COLUMNS + PACE
+    shift, rate1, root2, rate = tl.load(pace), tl.load(pace + 1), tl.load(pace + 2), tl.load(pace + 3)
+    if SHAPE[3] <= SPARSE_ADAM:
+        m += c1 * (g - m)
+        v += c2 * (g * g - v)
+        mb += c1 * (gb - mb)
+        vb += c2 * (gb * gb - vb)
+        w += w * shift - rate1 * m / (tl.sqrt(v) * root2 + eps)
+        wb += wb * shift - rate1 * mb / (tl.sqrt(vb) * root2 + eps)
+    elif SHAPE[3] == ADAGRAD:
+        mb += (tl.sum(g * g, axis=1) + gb * gb) / (SHAPE[0] + SHAPE[1])
+        steps = rate / (tl.sqrt(mb) + eps)
+        w += w * shift - steps[:, None] * g
+        wb += wb * shift - steps * gb
+    else:
+        w += w * shift - rate * g
+        wb += wb * shift - rate * gb
+    return w, wb, m, v, mb, vb
+
+
+@triton.jit
+def step_rows(
+    table: tl.tensor, lasts: tl.tensor, base: tl.tensor, live: tl.tensor, w: tl.tensor, wb: tl.tensor, g: tl.tensor,
+    gb: tl.tensor, now: tl.tensor, rules: tl.tensor, SHAPE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Take the step on rows whose current weights ``w``, ``wb`` are known, and whose stored ones may be old."""
+    STRIDE: tl.constexpr = SHAPE[2]
+    last = tl.load(lasts + base + STRIDE - 1, mask=live, other=0)
+    m, v, mb, vb = load_state(table, base, live, SHAPE)
+    m, v, mb, vb = shrunk(m, v, mb, vb, last, now, rules, SHAPE)
+    w, wb, m, v, mb, vb = moved_on(w, wb, m, v, mb, vb, g, gb, now, rules, SHAPE)
+    store_row(table, base, w, wb, live, SHAPE)
+    store_state(table, base, m, v, mb, vb, live, SHAPE)
+    tl.store(lasts + base + STRIDE - 1, now + 1 + tl.zeros_like(last), mask=live)
+
+
+@triton.jit
+def penalty(w: tl.tensor, wb: tl.tensor, ratings: tl.tensor, l2_factors: tl.tensor, l2_biases: tl.tensor) -> Any:
+    """Gradient of the penalty of ``ratings`` (R,) ratings of rows."""
+    number = ratings.to(tl.float32)
+    return (number * l2_factors)[:, None] * w, number * l2_biases * wb
+
+
+@triton.jit
+def slopes(
+    w: tl.tensor, wb: tl.tensor, item: tl.tensor, item_b: tl.tensor, offset: tl.tensor, rating: tl.tensor,
+    scale: tl.tensor, low: tl.tensor, span: tl.tensor, SHAPE: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Per rating (R,): the error, and the derivative of the loss by the score."""
+    score = tl.sum(w * item, axis=1) + wb + item_b + offset
+    if SHAPE[5]:
+        s = 1 / (1 + tl.exp(-score))
+        error = low + span * s - rating
+        slope = scale * error * span * s * (1 - s)
+    else:
+        error = score - rating
+        slope = scale * error
+    return error, slope
+
+
+# Kernels --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gather(
+    table: tl.tensor, lasts: tl.tensor, rows: tl.tensor, count: tl.tensor, out: tl.tensor, clock: tl.tensor,
+    rules: tl.tensor, SHAPE: tl.constexpr, PITCH: tl.constexpr, R: tl.constexpr,
+) -> None:  # fmt: skip
+    """The weights of ``rows[: count]`` after step ``clock``, to ``out`` (rows, PITCH); the table stays as it is."""
+    j = tl.program_id(0) * R + tl.arange(0, R)
+    number = tl.load(count)
+    if tl.program_id(0) * R >= number:
+        return
+    live = j < number
+    base = tl.load(rows + j, mask=live, other=0).to(tl.int64) * SHAPE[2]
+    last = tl.load(lasts + base + SHAPE[2] - 1, mask=live, other=0)
+    w, wb = load_row(table, base, live, SHAPE)
+    m, v, mb, vb = load_state(table, base, live, SHAPE)
+    w, wb = brought_up(w, wb, m, v, mb, vb, last, tl.load(clock), rules, SHAPE)
+    store_row(out, j.to(tl.int64) * PITCH, w, wb, live, SHAPE)
+
+
+@triton.jit
+def settle(
+    table: tl.tensor, lasts: tl.tensor, number: tl.tensor, clock: tl.tensor, rules: tl.tensor, SHAPE: tl.constexpr,
+    R: tl.constexpr,
+) -> None:  # fmt: skip
+    """Bring all ``number`` rows of a table to the present, in place."""
+    j = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    live = j < number
+    base = j * SHAPE[2]
+    now = tl.load(clock)
+    last = tl.load(lasts + base + SHAPE[2] - 1, mask=live, other=0)
+    w, wb = load_row(table, base, live, SHAPE)
+    m, v, mb, vb = load_state(table, base, live, SHAPE)
+    w, wb = brought_up(w, wb, m, v, mb, vb, last, now, rules, SHAPE)
+    m, v, mb, vb = shrunk(m, v, mb, vb, last, now, rules, SHAPE)
+    store_row(table, base, w, wb, live, SHAPE)
+    store_state(table, base, m, v, mb, vb, live, SHAPE)
+    tl.store(lasts + base + SHAPE[2] - 1, tl.where(last > 0, now, -now), mask=live)
+
+
+@triton.jit
+def user_pass(
+    table: tl.tensor, lasts: tl.tensor, rows: tl.tensor, starts: tl.tensor, count: tl.tensor, order: tl.tensor,
+    item_slot: tl.tensor, items: tl.tensor, rating: tl.tensor, offset: tl.tensor, before: tl.tensor, slope: tl.tensor,
+    error: tl.tensor, clock: tl.tensor, scale: tl.tensor, low: tl.tensor, span: tl.tensor, l2_factors: tl.tensor,
+    l2_biases: tl.tensor, rules: tl.tensor, SHAPE: tl.constexpr, ITEM_PITCH: tl.constexpr, PITCH: tl.constexpr,
+    LONG: tl.constexpr, R: tl.constexpr,
+) -> None:  # fmt: skip
+    """Users ``rows[: count]``: weights as they were to ``before`` (rows, PITCH); the step of those with at most LONG
+    ratings, and per rating the error and ``slope``, the derivative of the loss by the score."""
+    j = tl.program_id(0) * R + tl.arange(0, R)
+    number = tl.load(count)
+    if tl.program_id(0) * R >= number:
+        return
+    live = j < number
+    base = tl.load(rows + j, mask=live, other=0).to(tl.int64) * SHAPE[2]
+    first = tl.load(starts + j, mask=live, other=0)
+    end = tl.load(starts + j + 1, mask=live, other=0)
+    now = tl.load(clock)
+    last = tl.load(lasts + base + SHAPE[2] - 1, mask=live, other=0)
+    w, wb = load_row(table, base, live, SHAPE)
+    m, v, mb, vb = load_state(table, base, live, SHAPE)
+    w, wb = brought_up(w, wb, m, v, mb, vb, last, now, rules, SHAPE)
+    store_row(before, j.to(tl.int64) * PITCH, w, wb, live, SHAPE)
+    short = live & (end - first <= LONG)
+    g, gb = penalty(w, wb, end - first, l2_factors, l2_biases)
+    bias_of_all = tl.load(offset)
+    most = tl.max(tl.where(short, end - first, 0), 0)
+    for turn in range(most):
+        use = short & (first + turn < end)
+        k = tl.load(order + first + turn, mask=use, other=0)
+        place = tl.load(item_slot + k, mask=use, other=0).to(tl.int64) * ITEM_PITCH
+        item, item_b = load_row(items, place, use, SHAPE)
+        truth = tl.load(rating + k, mask=use, other=0.0)
+        e, c = slopes(w, wb, item, item_b, bias_of_all, truth, scale, low, span, SHAPE)
+        tl.store(error + k, e, mask=use)
+        tl.store(slope + k, c, mask=use)
+        c = tl.where(use, c, 0.0)
+        g += c[:, None] * item
+        gb += c
+    m, v, mb, vb = shrunk(m, v, mb, vb, last, now, rules, SHAPE)
+    w, wb, m, v, mb, vb = moved_on(w, wb, m, v, mb, vb, g, gb, now, rules, SHAPE)
+    store_row(table, base, w, wb, short, SHAPE)
+    store_state(table, base, m, v, mb, vb, short, SHAPE)
+    tl.store(lasts + base + SHAPE[2] - 1, now + 1 + tl.zeros_like(last), mask=short)
+
+
+@triton.jit
+def row_pass(
+    table: tl.tensor, lasts: tl.tensor, rows: tl.tensor, starts: tl.tensor, count: tl.tensor, order: tl.tensor,
+    user_slot: tl.tensor, own: tl.tensor, before: tl.tensor, slope: tl.tensor, out: tl.tensor, clock: tl.tensor,
+    l2_factors: tl.tensor, l2_biases: tl.tensor, rules: tl.tensor, SHAPE: tl.constexpr, OWN_PITCH: tl.constexpr,
+    PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, LONG: tl.constexpr, UPDATE: tl.constexpr, R: tl.constexpr,
+) -> None:  # fmt: skip
+    """Items ``rows[: count]`` with at most LONG ratings, gathered before (``own``): gradient from the users'
+    ``before``, then the step; without UPDATE the gradient alone, for an owner elsewhere, to ``out`` (rows,
+    OUT_PITCH)."""
+    j = tl.program_id(0) * R + tl.arange(0, R)
+    number = tl.load(count)
+    if tl.program_id(0) * R >= number:
+        return
+    live = j < number
+    first = tl.load(starts + j, mask=live, other=0)
+    end = tl.load(starts + j + 1, mask=live, other=0)
+    live = live & (end - first <= LONG)
+    w, wb = load_row(own, j.to(tl.int64) * OWN_PITCH, live, SHAPE)
+    g, gb = penalty(w, wb, end - first, l2_factors, l2_biases)
+    most = tl.max(tl.where(live, end - first, 0), 0)
+    for turn in range(most):
+        use = live & (first + turn < end)
+        k = tl.load(order + first + turn, mask=use, other=0)
+        place = tl.load(user_slot + k, mask=use, other=0).to(tl.int64) * PITCH
+        user, _user_b = load_row(before, place, use, SHAPE)
+        c = tl.load(slope + k, mask=use, other=0.0)
+        g += c[:, None] * user
+        gb += c
+    if UPDATE:
+        base = tl.load(rows + j, mask=live, other=0).to(tl.int64) * SHAPE[2]
+        step_rows(table, lasts, base, live, w, wb, g, gb, tl.load(clock), rules, SHAPE)
+    else:
+        store_row(out, j.to(tl.int64) * OUT_PITCH, g, gb, live, SHAPE)
+
+
+@triton.jit(do_not_specialize=["n"])
+def long_parts(
+    number: tl.tensor, starts: tl.tensor, order: tl.tensor, other_slot: tl.tensor, others: tl.tensor, own: tl.tensor,
+    rating: tl.tensor, offset: tl.tensor, slope: tl.tensor, error: tl.tensor, parts: tl.tensor, scale: tl.tensor,
+    low: tl.tensor, span: tl.tensor, n: tl.tensor, SHAPE: tl.constexpr, OTHER_PITCH: tl.constexpr,
+    OWN_PITCH: tl.constexpr, PITCH: tl.constexpr, SCORE: tl.constexpr, C: tl.constexpr,
+) -> None:  # fmt: skip
+    """Of each block of C positions, the sums of slope times other row over the long segment of its first position and,
+    where that is another one, of its last: ``parts`` (2 blocks, PITCH). With SCORE the slopes are found here first."""
+    block = tl.program_id(0)
+    low_segment = tl.load(number + block * C)
+    high_segment = tl.load(number + tl.minimum(block * C + C, n) - 1)
+    low_long = tl.load(starts + low_segment + 1) - tl.load(starts + low_segment) > C
+    high_long = tl.load(starts + high_segment + 1) - tl.load(starts + high_segment) > C
+    high_long = high_long & (high_segment != low_segment)
+    if (low_long | high_long) == 0:
+        return
+    q = block * C + tl.arange(0, C)
+    segment = tl.load(number + q, mask=q < n, other=-1)
+    in_low = segment == tl.where(low_long, low_segment, -2)
+    in_high = segment == tl.where(high_long, high_segment, -2)
+    use = in_low | in_high
+    k = tl.load(order + q, mask=use, other=0)
+    place = tl.load(other_slot + k, mask=use, other=0).to(tl.int64) * OTHER_PITCH
+    other, other_b = load_row(others, place, use, SHAPE)
+    if SCORE:
+        w, wb = load_row(own, segment.to(tl.int64) * OWN_PITCH, use, SHAPE)
+        truth = tl.load(rating + k, mask=use, other=0.0)
+        e, c = slopes(w, wb, other, other_b, tl.load(offset), truth, scale, low, span, SHAPE)
+        tl.store(error + k, e, mask=use)
+        tl.store(slope + k, c, mask=use)
+    else:
+        c = tl.load(slope + k, mask=use, other=0.0)
+    one = tl.arange(0, 1)
+    always = one == 0
+    for which in tl.static_range(2):
+        mine = tl.where(in_low if which == 0 else in_high, c, 0.0)
+        g = tl.sum(mine[:, None] * other, axis=0)[None, :]
+        gb = tl.sum(mine, axis=0) + one.to(tl.float32)
+        store_row(parts, (2 * block.to(tl.int64) + which) * PITCH + one, g, gb, always, SHAPE)
+
+
+@triton.jit(do_not_specialize=["n"])
+def long_rows(
+    table: tl.tensor, lasts: tl.tensor, rows: tl.tensor, number: tl.tensor, starts: tl.tensor, own: tl.tensor,
+    parts: tl.tensor, out: tl.tensor, clock: tl.tensor, l2_factors: tl.tensor, l2_biases: tl.tensor, n: tl.tensor,
+    rules: tl.tensor, SHAPE: tl.constexpr, OWN_PITCH: tl.constexpr, PITCH: tl.constexpr, OUT_PITCH: tl.constexpr,
+    UPDATE: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
+) -> None:  # fmt: skip
+    """The long segment that begins in a block, if one does: the sum of its ``parts``, then as :func:`row_pass`."""
+    block = tl.program_id(0)
+    segment = tl.load(number + tl.minimum(block * C + C, n) - 1)
+    first = tl.load(starts + segment)
+    end = tl.load(starts + segment + 1)
+    if (end - first <= C) | (first < block * C):
+        return
+    one = tl.arange(0, 1)
+    always = one == 0
+    g, gb = load_row(parts, (2 * block.to(tl.int64) + (first > block * C)) * PITCH + one, always, SHAPE)
+    sums = tl.zeros((T, SHAPE[4]), tl.float32)
+    sums_b = tl.zeros((T,), tl.float32)
+    blocks = (end - 1) // C - block
+    for turn in range((blocks + T - 1) // T):
+        b = turn * T + tl.arange(0, T)
+        part, part_b = load_row(parts, 2 * (block + 1 + b).to(tl.int64) * PITCH, b < blocks, SHAPE)
+        sums += part
+        sums_b += part_b
+    g += tl.sum(sums, axis=0)[None, :]
+    gb += tl.sum(sums_b, axis=0)
+    w, wb = load_row(own, segment.to(tl.int64) * OWN_PITCH + one, always, SHAPE)
+    penalty_g, penalty_b = penalty(w, wb, end - first + one, l2_factors, l2_biases)
+    g += penalty_g
+    gb += penalty_b
+    if UPDATE:
+        base = tl.load(rows + segment).to(tl.int64) * SHAPE[2] + one
+        step_rows(table, lasts, base, always, w, wb, g, gb, tl.load(clock), rules, SHAPE)
+    else:
+        store_row(out, segment.to(tl.int64) * OUT_PITCH + one, g, gb, always, SHAPE)
+
+
+@triton.jit
+def update(
+    table: tl.tensor, lasts: tl.tensor, rows: tl.tensor, count: tl.tensor, own: tl.tensor, grads: tl.tensor,
+    clock: tl.tensor, rules: tl.tensor, SHAPE: tl.constexpr, OWN_PITCH: tl.constexpr, PITCH: tl.constexpr,
+    R: tl.constexpr,
+) -> None:  # fmt: skip
+    """Take the step on ``rows[: count]``, gathered before (``own``), with gradients from elsewhere (rows, PITCH)."""
+    j = tl.program_id(0) * R + tl.arange(0, R)
+    live = j < tl.load(count)
+    w, wb = load_row(own, j.to(tl.int64) * OWN_PITCH, live, SHAPE)
+    g, gb = load_row(grads, j.to(tl.int64) * PITCH, live, SHAPE)
+    base = tl.load(rows + j, mask=live, other=0).to(tl.int64) * SHAPE[2]
+    step_rows(table, lasts, base, live, w, wb, g, gb, tl.load(clock), rules, SHAPE)
+
+
+@triton.jit(do_not_specialize=["n"])
+def block_sums(
+    error: tl.tensor, slope: tl.tensor, out: tl.tensor, n: tl.tensor, blocks: tl.tensor, B: tl.constexpr
+) -> None:
+    """Of each block of B ratings the sum of squared errors and the sum of slopes: float64 ``out`` (2, blocks)."""
+    k = tl.program_id(0) * B + tl.arange(0, B)
+    e = tl.load(error + k, mask=k < n, other=0.0).to(tl.float64)
+    c = tl.load(slope + k, mask=k < n, other=0.0).to(tl.float64)
+    tl.store(out + tl.program_id(0), tl.sum(e * e, axis=0))
+    tl.store(out + blocks + tl.program_id(0), tl.sum(c, axis=0))
+
+
+# What the host gives -----------------------------------------------------------------------------------
+
+
+def shape_of(dim: int, bias: bool, kind: int, sigmoid: bool) -> tuple[int, int, int, int, int, int]:
+    """SHAPE of the rows of a model under an optimizer of ``cpu.KINDS``."""
+    dim, _width, stride, kind = cpu.shape_of(dim, bias, kind)
+    return dim, int(bias), stride, kind, triton.next_power_of_2(dim), int(sigmoid)
+
+
+def step_table(rules: AdamRules, betas: tuple[float, float], weight_decay: float) -> np.typing.NDArray[np.float32]:
+    """float32 (steps + 1, STEP_COLUMNS): of each step, amplitude and spread, the rule as a fraction (c, p0..p3,
+    q1..q4), and the pace of the step itself: -lr wd, lr / (1 - b1^t), 1 / sqrt(1 - b2^t), lr; one column is free."""
+    by_step = cpu.rule_arrays(rules)[0]
+    t = np.arange(len(by_step))
+    rate = rules.amplitude * (1 - rules.betas[0] ** t)
+    safe = np.maximum(t, 1)
+    pace = (-rate * weight_decay, rate / (1 - betas[0] ** safe), 1 / np.sqrt(1 - betas[1] ** safe), rate)
+    return np.column_stack([by_step[:, cpu.AMPLITUDE :], *pace, 0 * rate]).astype(np.float32)
+
+
+def rules_on(
+    device: torch.device, rules: AdamRules, betas: tuple[float, float], eps: float, weight_decay: float
+) -> tuple[Any, ...]:
+    """The kernels' ``rules``: log_decay float64 (steps + 1,), :func:`step_table`, by_gap float32 (steps + 1, 4) (powers
+    of the betas, the root of the second), early float32 (plain_below, 2, NODES), horizon, plain_below, eps, 1 - betas.
+    """
+    _by_step, powers, early, horizon, plain_below = cpu.rule_arrays(rules)
+    by_gap = np.column_stack([powers, np.sqrt(powers[:, 1]), np.zeros(len(powers))])
+    arrays = (rules.log_decay, step_table(rules, betas, weight_decay), by_gap.astype("f4"), early.astype("f4"))
+    tables = [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
+    return (*tables, horizon, plain_below, eps, 1 - betas[0], 1 - betas[1])
+
+
+def tile_rows(shape: tuple[int, ...], values: int = TILE) -> int:
+    """Rows of a tile of about so many values."""
+    return max(4, min(64, values // shape[4]))

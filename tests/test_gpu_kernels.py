@@ -1,0 +1,237 @@
+"""The GPU's kernels: on a GPU where there is one, else in Triton's interpreter; against the reference and the CPU's.
+
+``pytest tests/test_gpu_kernels.py -m "slow or not slow"`` on a machine with a GPU runs all of it there, compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+
+triton = pytest.importorskip("triton", reason="triton is to be had for Linux on x86-64 only")
+
+
+from mfdist.distributed import World  # noqa: E402
+from mfdist.embedding import Layout, ShardedTable  # noqa: E402
+from mfdist.fused import FusedStep  # noqa: E402
+from mfdist.model import MF, Form, MFAdvanced  # noqa: E402
+from mfdist.optim import RowOptimizer  # noqa: E402
+
+if not ON_GPU:
+    from triton.runtime import interpreter
+
+    # Triton before 3.9 makes an int of an array of one element, which numpy 2.4 no longer allows.
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patched(tensor, scope):
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patched
+
+USERS, ITEMS = 40, 25
+
+
+def model_on(device, *, dim, bias, optimizer, sigmoid=True):
+    """A model with tables of its own, the same weights for the same arguments."""
+    world = World.alone(device)
+    form = Form(
+        model="mf_advanced" if bias else "mf", dim=dim, bias=bias, init=False,
+        sigmoid_range=(0.5, 5.5) if sigmoid else None,
+    )  # fmt: skip
+    tables = [
+        ShardedTable(Layout((((0, rows),),), (0, 1)), form.width, optimizer, world, at_home=True)
+        for rows in (USERS, ITEMS)
+    ]
+    for number, table in enumerate(tables):
+        table.initialise(lambda first, end, number=number: 0.3 * form.initial(1, number, first, end))
+    return (MFAdvanced if bias else MF)(form, *tables)
+
+
+def gpu_step(model, optimizer, l2):
+    from mfdist.fused_gpu import GpuStep
+
+    return GpuStep(model, optimizer, l2)
+
+
+def cpu_step(model, optimizer, l2):
+    return FusedStep(model, optimizer, l2, 1)
+
+
+class ReferenceStep:
+    """torch's autograd and ``kernels.reference``, behind the same interface."""
+
+    def __init__(self, model, optimizer, l2):
+        self.model, self.l2 = model, l2
+
+    def __call__(self, user, item, rating, global_rows):
+        model, dim = self.model, self.model.form.dim
+        scored = model(user, item)
+        error = scored.prediction - rating
+        rows = torch.cat([scored.user, scored.item])
+        penalty = self.l2[0] * rows[:, :dim].square().sum() + self.l2[1] * rows[:, dim:].square().sum()
+        loss = error.square().sum() / global_rows
+        model.zero_grad()
+        (loss + penalty / global_rows).backward()
+        model.user.apply_gradient()
+        model.item.apply_gradient()
+        self.squared_error = error.detach().double().square().sum()
+        return loss.detach()
+
+    def settle(self):
+        self.model.settle()
+
+
+def batch_of(generator, rows, turn):
+    """Ratings of few and of many rows; one user and one item have long segments in a batch of 100 or more."""
+    user = torch.randint(0, USERS, (rows,), generator=generator).int()
+    item = torch.randint(0, ITEMS, (rows,), generator=generator).int()
+    user[: rows * 2 // 5] = 7
+    item[rows // 3 : rows * 5 // 6] = 3
+    user[rows // 2 :] %= 1 + (turn * 13) % USERS  # most rows have gaps of their own
+    return user, item, torch.randint(1, 6, (rows,), generator=generator).float()
+
+
+GAPS = (0, 1, 2, 11, 20, 120, 320, 1320, 1321)
+"""Steps that a case takes: gaps of 1, 8, 9, 100, the horizon and a thousand lie between them."""
+
+
+def run_steps(make, device, *, kind, dim, bias, steps=GAPS, rows=(130, 64, 1), l2=(0.02, 0.03), **values):
+    """Tables, loss, gradient of the offset and squared errors after ``steps``, as float64 on the CPU."""
+    options = {"lr": 0.01, "lr_schedule": "cosine", "weight_decay": 0.1, **values}
+    sigmoid = options.pop("sigmoid", True)
+    optimizer = RowOptimizer(kind=kind, total_steps=1500, **options)
+    model = model_on(device, dim=dim, bias=bias, optimizer=optimizer, sigmoid=sigmoid)
+    step = make(model, optimizer, l2)
+    generator = torch.Generator().manual_seed(3)
+    sums = []
+    for turn, now in enumerate(steps):
+        model.user.step = model.item.step = now
+        batch = [tensor.to(device) for tensor in batch_of(generator, rows[turn % len(rows)], turn)]
+        loss = step(*batch, len(batch[0]))
+        grad = 0.0 if model.offset is None else float(model.offset.grad)
+        sums.append([float(loss), float(step.squared_error), grad])
+    model.user.step = model.item.step = steps[-1] + 30
+    step.settle()
+    return model, np.array(sums)
+
+
+def assert_equal_runs(got, want, tolerance):
+    """Every column group of both tables within ``tolerance`` (relative RMS), ``last`` exactly."""
+    (model, sums), (wanted, wanted_sums) = got, want
+    np.testing.assert_allclose(sums, wanted_sums, rtol=1e-5, atol=1e-6)
+    for table, other in ((model.user, wanted.user), (model.item, wanted.item)):
+        assert table.rows.last.tolist() == other.rows.last.tolist()
+        for name, tensor in other.rows.tensors().items():
+            found, expected = table.rows.tensors()[name].double().cpu(), tensor.double().cpu()
+            assert (found - expected).norm() <= tolerance * expected.norm(), name
+
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+TOLERANCE = 1e-5
+"""Relative RMS. Rounding of beta2 alone is 1.3e-5 of v over a thousand steps, where the reference rounds otherwise."""
+
+FEW = [("adamw", 8, True), ("rowwise_adagrad", 8, True)]
+MANY = [
+    *[("adamw", dim, bias) for dim in (1, 8, 32, 100) for bias in (False, True)],
+    *[(kind, dim, dim != 8) for kind in ("sparse_adam", "rowwise_adagrad", "sgd") for dim in (1, 8, 32)],
+]
+
+
+@pytest.mark.parametrize(("kind", "dim", "bias"), FEW)
+def test_equals_the_reference(kind, dim, bias):
+    case = {"kind": kind, "dim": dim, "bias": bias}
+    assert_equal_runs(run_steps(gpu_step, DEVICE, **case), run_steps(ReferenceStep, "cpu", **case), TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "dim", "bias"), MANY)
+def test_equals_the_reference_and_the_cpu_kernels(kind, dim, bias):
+    for values in ({}, {"sigmoid": False, "lr_schedule": "constant", "eps": 1e-4, "betas": (0.8, 0.99)}):
+        case = {"kind": kind, "dim": dim, "bias": bias, "rows": (300, 33, 8, 1), **values}
+        got = run_steps(gpu_step, DEVICE, **case)
+        assert_equal_runs(got, run_steps(ReferenceStep, "cpu", **case), TOLERANCE)
+        assert_equal_runs(got, run_steps(cpu_step, "cpu", **case), 3 * TOLERANCE)
+
+
+def bits(table):
+    return table.packed.view(torch.int32)
+
+
+def test_same_steps_twice_give_the_same_bits():
+    case = {"kind": "adamw", "dim": 8, "bias": True, "steps": (0, 1, 40)}
+    first, second = (run_steps(gpu_step, DEVICE, **case) for _ in range(2))
+    assert (first[1] == second[1]).all()
+    assert torch.equal(bits(first[0].user), bits(second[0].user))
+    assert torch.equal(bits(first[0].item), bits(second[0].item))
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from mfdist.kernels import cpu, gpu
+
+POINTERS = {"lasts": "i32", "rows": "i32", "starts": "i32", "count": "i32", "order": "i64", "number": "i32",
+            "item_slot": "i32", "user_slot": "i32", "other_slot": "i32", "slot": "i32", "clock": "i32", "head": "i32",
+            "ids": "i32"}
+SCALARS = {"scale": "fp32", "low": "fp32", "span": "fp32", "l2_factors": "fp32", "l2_biases": "fp32", "n": "i32",
+           "blocks": "i32"}
+RULES = ("*fp64", "*fp32", "*fp32", "*fp32", "i32", "i32", "fp32", "fp32", "fp32")
+KERNELS = {
+    "heads": {"n": "i32"}, "list_rows": {}, "gather": {}, "settle": {"number": "i32"}, "user_pass": {}, "row_pass": {},
+    "long_parts": {}, "long_rows": {}, "update": {}, "block_sums": {"out": "*fp64"},
+}
+
+def compiled(name, shape, target):
+    kernel = getattr(gpu, name)
+    rows = gpu.tile_rows(shape)
+    constants = {"SHAPE": shape, "PITCH": 40, "OWN_PITCH": 40, "ITEM_PITCH": 40, "OTHER_PITCH": 40, "OUT_PITCH": 40,
+                 "LONG": gpu.CHUNK, "C": gpu.CHUNK, "R": rows, "T": gpu.tile_rows(shape, gpu.PART_TILE), "SCORE": True,
+                 "UPDATE": True, "B": gpu.SORT_BLOCK}
+    signature, constexprs, attributes = {}, {}, {}
+    for place, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument], constexprs[(place,)] = "constexpr", constants[argument]
+            continue
+        kind = KERNELS[name].get(argument) or SCALARS.get(argument)
+        kind = kind or ("*" + POINTERS.get(argument, "fp32"))
+        signature[argument] = RULES if argument == "rules" else kind
+        if signature[argument][0] == "*":
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    return triton.compile(source, target=target, options=gpu.OPTIONS)
+
+for dim, bias, kind in [eval(word) for word in sys.argv[2:]]:
+    for name in KERNELS:
+        done = compiled(name, gpu.shape_of(dim, bias, cpu.KINDS[kind], True), GPUTarget("cuda", int(sys.argv[1]), 32))
+        print(name, dim, bias, kind, len(done.asm["cubin"]), done.metadata.shared, flush=True)
+        if len(sys.argv) > 2 and "KEEP" in __import__("os").environ:
+            open(f"{__import__('os').environ['KEEP']}/{name}-{dim}-{kind}.cubin", "wb").write(done.asm["cubin"])
+            open(f"{__import__('os').environ['KEEP']}/{name}-{dim}-{kind}.ttgir", "w").write(done.asm["ttgir"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_all_kernels_compile_for_a_gpu_that_is_not_here(capability):
+    """To machine code, without a device: Triton's compiler and its assembler need none."""
+    cases = ["(32,True,'adamw')", "(100,False,'adamw')", "(8,True,'rowwise_adagrad')", "(1,False,'sgd')"]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(capability), *cases], capture_output=True, text=True, env=environment,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert len(result.stdout.splitlines()) == 10 * len(cases)
