@@ -29,7 +29,7 @@ def finish(session: Session) -> dict[str, Any]:
     if chosen != len(progress.epochs) - 1:
         folder = checkpoint.folder_of(session.run, (chosen + 1) * session.loader.num_steps)
         load(session, folder)
-    _export(session)
+    export_model(session)
     how = "lowest error on the stop rows" if progress.stop_rmse else "last epoch"
     val = [summary["headline"]["val_rmse"] for summary in progress.summaries]
     best = int(np.argmin([np.inf if v is None else v for v in val]))
@@ -60,7 +60,7 @@ def finish(session: Session) -> dict[str, Any]:
     return found
 
 
-def _export(session: Session) -> None:
+def export_model(session: Session) -> None:
     """RUN/model: rank 0 writes, the owners send their rows part by part."""
     form, world = session.model.form, session.world
     shapes: dict[str, tuple[tuple[int, ...], Iterable[Any]]] = {}
