@@ -78,10 +78,15 @@ class GpuStep(nn.Module):
         super().__init__()
         assert isinstance(model.user, ShardedTable) and isinstance(model.item, ShardedTable)
         self.model, self._user, self._item = model, model.user, model.item
-        form, self._device, self._l2 = model.form, model.user.world.device, l2
+        form, self._device = model.form, model.user.world.device
         low, high = form.sigmoid_range or (0.0, 0.0)
         self._low, self._span = low, high - low
-        self._shape = gpu.shape_of(form.dim, form.bias, cpu.KINDS[optimizer.kind], form.sigmoid_range is not None)
+        self._shape = gpu.shape_of(
+            form.dim, form.bias, cpu.KINDS[optimizer.kind], sum(optimizer.state_widths(form.width)),
+            form.sigmoid_range is not None, any(l2),
+        )  # fmt: skip
+        rows = len(self._user.rows.last), self._item.layout.num_rows
+        self._pulls = [(torch.zeros(n, device=self._device), l2[0], 0.0, l2[1], 0.0) for n in rows]
         self._rules = gpu.rules_on(
             self._device, optimizer.rules, optimizer.betas, optimizer.eps, optimizer.weight_decay
         )
@@ -99,9 +104,9 @@ class GpuStep(nn.Module):
     def forward(self, user: torch.Tensor, item: torch.Tensor, rating: torch.Tensor, global_rows: int) -> torch.Tensor:
         """Take one step on this rank's rows; returns their share of the loss (without the penalty)."""
         offset = self.model.offset
-        if offset is None or self._item.world.size == 1:
+        if offset is None or not offset.requires_grad or self._item.world.size == 1:
             loss, grad = self._step(user, item, rating, global_rows)
-            if offset is not None:
+            if offset is not None and offset.requires_grad:
                 offset.grad = grad
             return loss
         loss_of: torch.Tensor = _Fused.apply(offset, self, user, item, rating, global_rows)  # type: ignore[no-untyped-call]
@@ -201,11 +206,10 @@ class GpuStep(nn.Module):
         users, shape, tile, chunk = self._by_user, self._shape, self._tile, gpu.CHUNK
         offset = self._no_offset if self.model.offset is None else self.model.offset.detach()
         range_ = scale, self._low, self._span
-        l2 = scale * self._l2[0], scale * self._l2[1]
         gpu.user_pass[triton.cdiv(number, tile),](
             *_flat(self._user), users.rows, users.starts, users.count, users.order, self._by_item.slot, own,
-            self._ratings, offset, self._before, self._slope, self._error, self._clock, *range_, *l2, self._rules,
-            shape, own.stride(0), self._pitch, chunk, tile, **gpu.OPTIONS,
+            self._ratings, offset, self._before, self._slope, self._error, self._clock, *range_, self._pulls[0],
+            self._rules, shape, own.stride(0), self._pitch, chunk, tile, **gpu.OPTIONS,
         )  # fmt: skip
         blocks = (triton.cdiv(number, chunk),)
         gpu.long_parts[blocks](
@@ -215,19 +219,18 @@ class GpuStep(nn.Module):
         )  # fmt: skip
         gpu.long_rows[blocks](
             *_flat(self._user), users.rows, users.number, users.starts, self._before, self._parts, self._parts,
-            self._clock, *l2, number, self._rules, shape, self._pitch, self._pitch, self._pitch, True, chunk,
-            gpu.tile_rows(shape, gpu.PART_TILE), **gpu.OPTIONS,
+            self._clock, scale, self._pulls[0], number, self._rules, shape, self._pitch, self._pitch, self._pitch, True,
+            chunk, gpu.tile_rows(shape, gpu.PART_TILE), **gpu.OPTIONS,
         )  # fmt: skip
 
     def _item_pass(self, number: int, scale: float, own: torch.Tensor, gradient: torch.Tensor | None) -> None:
         """Move the items, or only find their ``gradient`` (rows, width)."""
         items, shape, tile, chunk = self._by_item, self._shape, self._tile, gpu.CHUNK
         out, here = (self._parts, True) if gradient is None else (gradient, False)
-        l2 = scale * self._l2[0], scale * self._l2[1]
         gpu.row_pass[triton.cdiv(number, tile),](
             *_flat(self._item), items.rows, items.starts, items.count, items.order, self._by_user.slot, own,
-            self._before, self._slope, out, self._clock, *l2, self._rules, shape, own.stride(0), self._pitch,
-            out.stride(0), chunk, here, tile, **gpu.OPTIONS,
+            self._before, self._slope, out, self._clock, scale, self._pulls[1], self._rules, shape, own.stride(0),
+            self._pitch, out.stride(0), chunk, here, tile, **gpu.OPTIONS,
         )  # fmt: skip
         blocks = (triton.cdiv(number, chunk),)
         gpu.long_parts[blocks](
@@ -236,8 +239,8 @@ class GpuStep(nn.Module):
             own.stride(0), self._pitch, False, chunk, **gpu.OPTIONS,
         )  # fmt: skip
         gpu.long_rows[blocks](
-            *_flat(self._item), items.rows, items.number, items.starts, own, self._parts, out, self._clock, *l2,
-            number, self._rules, shape, own.stride(0), self._pitch, out.stride(0), here, chunk,
+            *_flat(self._item), items.rows, items.number, items.starts, own, self._parts, out, self._clock, scale,
+            self._pulls[1], number, self._rules, shape, own.stride(0), self._pitch, out.stride(0), here, chunk,
             gpu.tile_rows(shape, gpu.PART_TILE), **gpu.OPTIONS,
         )  # fmt: skip
 

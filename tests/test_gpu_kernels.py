@@ -186,9 +186,9 @@ from mfdist.kernels import cpu, gpu
 POINTERS = {"lasts": "i32", "rows": "i32", "starts": "i32", "count": "i32", "order": "i64", "number": "i32",
             "item_slot": "i32", "user_slot": "i32", "other_slot": "i32", "slot": "i32", "clock": "i32", "head": "i32",
             "ids": "i32"}
-SCALARS = {"scale": "fp32", "low": "fp32", "span": "fp32", "l2_factors": "fp32", "l2_biases": "fp32", "n": "i32",
-           "blocks": "i32"}
-RULES = ("*fp64", "*fp32", "*fp32", "*fp32", "i32", "i32", "fp32", "fp32", "fp32")
+SCALARS = {"scale": "fp32", "low": "fp32", "span": "fp32", "n": "i32", "blocks": "i32",
+           "pulls": ("*fp32", "fp32", "fp32", "fp32", "fp32")}
+SCALARS["rules"] = ("*fp64", "*fp32", "*fp32", "*fp32", "i32", "i32", "fp32", "fp32", "fp32")
 KERNELS = {
     "heads": {"n": "i32"}, "list_rows": {}, "gather": {}, "settle": {"number": "i32"}, "user_pass": {}, "row_pass": {},
     "long_parts": {}, "long_rows": {}, "update": {}, "block_sums": {"out": "*fp64"},
@@ -207,15 +207,17 @@ def compiled(name, shape, target):
             continue
         kind = KERNELS[name].get(argument) or SCALARS.get(argument)
         kind = kind or ("*" + POINTERS.get(argument, "fp32"))
-        signature[argument] = RULES if argument == "rules" else kind
-        if signature[argument][0] == "*":
+        signature[argument] = kind
+        if kind[0] == "*":
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
     return triton.compile(source, target=target, options=gpu.OPTIONS)
 
 for dim, bias, kind in [eval(word) for word in sys.argv[2:]]:
     for name in KERNELS:
-        done = compiled(name, gpu.shape_of(dim, bias, cpu.KINDS[kind], True), GPUTarget("cuda", int(sys.argv[1]), 32))
+        state = {"adamw": 2 * (dim + bias), "rowwise_adagrad": 1, "sgd": 0}[kind]
+        shape = gpu.shape_of(dim, bias, cpu.KINDS[kind], state, True, True)
+        done = compiled(name, shape, GPUTarget("cuda", int(sys.argv[1]), 32))
         print(name, dim, bias, kind, len(done.asm["cubin"]), done.metadata.shared, flush=True)
         if len(sys.argv) > 2 and "KEEP" in __import__("os").environ:
             open(f"{__import__('os').environ['KEEP']}/{name}-{dim}-{kind}.cubin", "wb").write(done.asm["cubin"])

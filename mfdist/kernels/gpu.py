@@ -14,9 +14,9 @@ that a row with 10^5 ratings of a batch is read by thousands of programs. No ato
 results repeat bitwise. Sizes known to the device alone (how many rows a batch has) bound no launch: grids are for
 the most there can be, and programs past the end leave at once. Nothing waits for the device.
 
-``SHAPE`` is (factors, bias, stride, kind, tile width, sigmoid). Factors and bias are apart in the kernels: a tile of
-next_power_of_2(32 + 1) columns would be half empty. ``rules`` is the tuple of :func:`rules_on`. Pointers are to packed
-float32 rows (``table``) and to the same memory as int32 (``lasts``), to the arrays of ``fused_gpu.Sorted``, and to
+``SHAPE`` is (factors, bias, stride, kind, tile width, sigmoid, penalty). Factors and bias are apart in the kernels: a
+tile of next_power_of_2(32 + 1) columns would be half empty. ``rules`` is the tuple of :func:`rules_on`. Pointers are to
+packed float32 rows (``table``) and to the same memory as int32 (``lasts``), to the arrays of ``fused_gpu.Sorted``, and to
 rows copied out, PITCH floats apart. ``clock`` (1,) int32: steps taken so far.
 """
 
@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mfdist.kernels import cpu, rules
+from mfdist.kernels import cpu, rules, stride_of
 from mfdist.kernels.rules import AdamRules
 
 CHUNK = 32
@@ -333,10 +333,25 @@ def step_rows(
 
 
 @triton.jit
-def penalty(w: tl.tensor, wb: tl.tensor, ratings: tl.tensor, l2_factors: tl.tensor, l2_biases: tl.tensor) -> Any:
-    """Gradient of the penalty of ``ratings`` (R,) ratings of rows."""
-    number = ratings.to(tl.float32)
-    return (number * l2_factors)[:, None] * w, number * l2_biases * wb
+def penalty(
+    w: tl.tensor, wb: tl.tensor, ratings: tl.tensor, rows: tl.tensor, live: tl.tensor, scale: tl.tensor,
+    pulls: tl.tensor, SHAPE: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Gradient of the penalty of ``ratings`` (R,) ratings of ``rows``: zeros without one.
+
+    ``pulls``: shares (rows,) float32, one over the training ratings of each row, and what pulls factors and biases at
+    each rating: (always, times the share) of both.
+    """
+    if SHAPE[6]:
+        shares, factors, factors_once, biases, biases_once = pulls
+        share = tl.load(shares + rows, mask=live, other=0.0)
+        times = scale * ratings.to(tl.float32)
+        g = (times * (factors + share * factors_once))[:, None] * w
+        gb = times * (biases + share * biases_once) * wb
+    else:
+        g = tl.zeros_like(w)
+        gb = tl.zeros_like(wb)
+    return g, gb
 
 
 @triton.jit
@@ -402,8 +417,8 @@ def settle(
 def user_pass(
     table: tl.tensor, lasts: tl.tensor, rows: tl.tensor, starts: tl.tensor, count: tl.tensor, order: tl.tensor,
     item_slot: tl.tensor, items: tl.tensor, rating: tl.tensor, offset: tl.tensor, before: tl.tensor, slope: tl.tensor,
-    error: tl.tensor, clock: tl.tensor, scale: tl.tensor, low: tl.tensor, span: tl.tensor, l2_factors: tl.tensor,
-    l2_biases: tl.tensor, rules: tl.tensor, SHAPE: tl.constexpr, ITEM_PITCH: tl.constexpr, PITCH: tl.constexpr,
+    error: tl.tensor, clock: tl.tensor, scale: tl.tensor, low: tl.tensor, span: tl.tensor, pulls: tl.tensor,
+    rules: tl.tensor, SHAPE: tl.constexpr, ITEM_PITCH: tl.constexpr, PITCH: tl.constexpr,
     LONG: tl.constexpr, R: tl.constexpr,
 ) -> None:  # fmt: skip
     """Users ``rows[: count]``: weights as they were to ``before`` (rows, PITCH); the step of those with at most LONG
@@ -413,7 +428,8 @@ def user_pass(
     if tl.program_id(0) * R >= number:
         return
     live = j < number
-    base = tl.load(rows + j, mask=live, other=0).to(tl.int64) * SHAPE[2]
+    row = tl.load(rows + j, mask=live, other=0).to(tl.int64)
+    base = row * SHAPE[2]
     first = tl.load(starts + j, mask=live, other=0)
     end = tl.load(starts + j + 1, mask=live, other=0)
     now = tl.load(clock)
@@ -423,7 +439,7 @@ def user_pass(
     w, wb = brought_up(w, wb, m, v, mb, vb, last, now, rules, SHAPE)
     store_row(before, j.to(tl.int64) * PITCH, w, wb, live, SHAPE)
     short = live & (end - first <= LONG)
-    g, gb = penalty(w, wb, end - first, l2_factors, l2_biases)
+    g, gb = penalty(w, wb, end - first, row, live, scale, pulls, SHAPE)
     bias_of_all = tl.load(offset)
     most = tl.max(tl.where(short, end - first, 0), 0)
     for turn in range(most):
@@ -449,7 +465,7 @@ def user_pass(
 def row_pass(
     table: tl.tensor, lasts: tl.tensor, rows: tl.tensor, starts: tl.tensor, count: tl.tensor, order: tl.tensor,
     user_slot: tl.tensor, own: tl.tensor, before: tl.tensor, slope: tl.tensor, out: tl.tensor, clock: tl.tensor,
-    l2_factors: tl.tensor, l2_biases: tl.tensor, rules: tl.tensor, SHAPE: tl.constexpr, OWN_PITCH: tl.constexpr,
+    scale: tl.tensor, pulls: tl.tensor, rules: tl.tensor, SHAPE: tl.constexpr, OWN_PITCH: tl.constexpr,
     PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, LONG: tl.constexpr, UPDATE: tl.constexpr, R: tl.constexpr,
 ) -> None:  # fmt: skip
     """Items ``rows[: count]`` with at most LONG ratings, gathered before (``own``): gradient from the users'
@@ -463,8 +479,9 @@ def row_pass(
     first = tl.load(starts + j, mask=live, other=0)
     end = tl.load(starts + j + 1, mask=live, other=0)
     live = live & (end - first <= LONG)
+    row = tl.load(rows + j, mask=live, other=0).to(tl.int64)
     w, wb = load_row(own, j.to(tl.int64) * OWN_PITCH, live, SHAPE)
-    g, gb = penalty(w, wb, end - first, l2_factors, l2_biases)
+    g, gb = penalty(w, wb, end - first, row, live, scale, pulls, SHAPE)
     most = tl.max(tl.where(live, end - first, 0), 0)
     for turn in range(most):
         use = live & (first + turn < end)
@@ -475,8 +492,7 @@ def row_pass(
         g += c[:, None] * user
         gb += c
     if UPDATE:
-        base = tl.load(rows + j, mask=live, other=0).to(tl.int64) * SHAPE[2]
-        step_rows(table, lasts, base, live, w, wb, g, gb, tl.load(clock), rules, SHAPE)
+        step_rows(table, lasts, row * SHAPE[2], live, w, wb, g, gb, tl.load(clock), rules, SHAPE)
     else:
         store_row(out, j.to(tl.int64) * OUT_PITCH, g, gb, live, SHAPE)
 
@@ -526,7 +542,7 @@ def long_parts(
 @triton.jit(do_not_specialize=["n"])
 def long_rows(
     table: tl.tensor, lasts: tl.tensor, rows: tl.tensor, number: tl.tensor, starts: tl.tensor, own: tl.tensor,
-    parts: tl.tensor, out: tl.tensor, clock: tl.tensor, l2_factors: tl.tensor, l2_biases: tl.tensor, n: tl.tensor,
+    parts: tl.tensor, out: tl.tensor, clock: tl.tensor, scale: tl.tensor, pulls: tl.tensor, n: tl.tensor,
     rules: tl.tensor, SHAPE: tl.constexpr, OWN_PITCH: tl.constexpr, PITCH: tl.constexpr, OUT_PITCH: tl.constexpr,
     UPDATE: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -551,12 +567,12 @@ def long_rows(
     g += tl.sum(sums, axis=0)[None, :]
     gb += tl.sum(sums_b, axis=0)
     w, wb = load_row(own, segment.to(tl.int64) * OWN_PITCH + one, always, SHAPE)
-    penalty_g, penalty_b = penalty(w, wb, end - first + one, l2_factors, l2_biases)
+    row = tl.load(rows + segment).to(tl.int64) + one
+    penalty_g, penalty_b = penalty(w, wb, end - first + one, row, always, scale, pulls, SHAPE)
     g += penalty_g
     gb += penalty_b
     if UPDATE:
-        base = tl.load(rows + segment).to(tl.int64) * SHAPE[2] + one
-        step_rows(table, lasts, base, always, w, wb, g, gb, tl.load(clock), rules, SHAPE)
+        step_rows(table, lasts, row * SHAPE[2], always, w, wb, g, gb, tl.load(clock), rules, SHAPE)
     else:
         store_row(out, segment.to(tl.int64) * OUT_PITCH + one, g, gb, always, SHAPE)
 
@@ -591,10 +607,10 @@ def block_sums(
 # What the host gives -----------------------------------------------------------------------------------
 
 
-def shape_of(dim: int, bias: bool, kind: int, sigmoid: bool) -> tuple[int, int, int, int, int, int]:
-    """SHAPE of the rows of a model under an optimizer of ``cpu.KINDS``."""
-    dim, _width, stride, kind = cpu.shape_of(dim, bias, kind)
-    return dim, int(bias), stride, kind, triton.next_power_of_2(dim), int(sigmoid)
+def shape_of(dim: int, bias: bool, kind: int, state: int, sigmoid: bool, penalised: bool) -> tuple[int, ...]:
+    """SHAPE of the rows of a model under an optimizer of ``cpu.KINDS`` with ``state`` floats a row."""
+    stride = stride_of(dim + int(bias), state)
+    return dim, int(bias), stride, kind, triton.next_power_of_2(dim), int(sigmoid), int(penalised)
 
 
 def step_table(rules: AdamRules, betas: tuple[float, float], weight_decay: float) -> np.typing.NDArray[np.float32]:
