@@ -109,6 +109,11 @@ class Table(nn.Module):
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.rows = self._allocate(int(self._starts[-1]))
 
+    @property
+    def held(self) -> tuple[Range, ...]:
+        """The global rows of this rank, in the order of its local ones."""
+        return tuple(self._held)
+
     def _allocate(self, rows: int) -> Rows:
         device = self.world.device
         return Rows(

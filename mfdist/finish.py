@@ -16,6 +16,7 @@ from mfdist import checkpoint, export, report, storage
 from mfdist.config import to_dict
 from mfdist.embedding import ReplicatedTable, Table, stored_order
 from mfdist.floors import floors
+from mfdist.objective import ITEM, USER
 from mfdist.session import Session, chosen_epoch, load, wait_for_save
 
 BEST_ON_VAL = "best on validation (the vignette's convention)"
@@ -66,14 +67,16 @@ def export_model(session: Session) -> None:
     shapes: dict[str, tuple[tuple[int, ...], Iterable[Any]]] = {}
     for side, table in (("user", session.model.user), ("item", session.model.item)):
         rows = table.layout.num_rows
-        shapes[f"{side}_embedding"] = ((rows, form.dim), _chunks(session, table, slice(0, form.dim)))
+        number = USER if side == "user" else ITEM
+        shapes[f"{side}_embedding"] = ((rows, form.dim), _chunks(session, table, number, biases=False))
         if form.bias:
-            shapes[f"{side}_bias"] = ((rows,), _chunks(session, table, form.dim))
+            shapes[f"{side}_bias"] = ((rows,), _chunks(session, table, number, biases=True))
     if session.model.offset is not None:
         shapes["offset"] = ((1,), [session.model.offset.detach().cpu().numpy()])
     about = {
         "model": form.model, "dim": form.dim, "bias": form.bias, "sigmoid": form.sigmoid_range is not None,
         "sigmoid_range": list(form.sigmoid_range) if form.sigmoid_range else None, "cold": session.config.cold,
+        "members": form.members,
     }  # fmt: skip
     if world.is_main:
         export.write_model(session.run, shapes, about, session.dataset)
@@ -84,21 +87,21 @@ def export_model(session: Session) -> None:
     world.barrier()
 
 
-def _chunks(session: Session, table: Table, columns: slice | int) -> Iterator[Any]:
-    """float32 chunks of some columns of a table in global row order, on rank 0; the others send it their rows."""
+def _chunks(session: Session, table: Table, side: int, *, biases: bool) -> Iterator[Any]:
+    """float32 chunks of an exported table in global row order, on rank 0; the others send it their rows."""
     world, zero = session.world, session.config.cold == "known-side"
     for part, first, end in stored_order(table.layout):
         owner = 0 if isinstance(table, ReplicatedTable) else table.layout.owner_of_part(part)
         if owner == world.rank:
             start = int(table.local(torch.tensor([first]))[0])
-            rows = np.ascontiguousarray(table.current(start, start + end - first, zero)[:, columns].numpy())
+            embedding, bias = session.model.form.exported(side, table.current(start, start + end - first, zero))
+            rows = np.ascontiguousarray((bias if biases and bias is not None else embedding).numpy())
             if world.is_main:
                 yield rows
             else:
                 world.send(torch.from_numpy(rows), to=0)
         elif world.is_main:
-            width = (end - first,) if isinstance(columns, int) else (end - first, columns.stop)
-            received = torch.empty(width)
+            received = torch.empty((end - first,) if biases else (end - first, session.model.form.dim))
             world.receive(received, owner)
             yield received.numpy()
 

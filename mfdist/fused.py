@@ -20,6 +20,7 @@ from mfdist.embedding import ShardedTable
 from mfdist.kernels import cpu
 from mfdist.kernels.machine import Workers
 from mfdist.model import MF
+from mfdist.objective import ITEM, USER, Objective
 from mfdist.optim import RowOptimizer
 
 Floats32 = npt.NDArray[np.float32]
@@ -51,13 +52,23 @@ class Grouped:
 class FusedStep(nn.Module):
     """The step of one model; ``forward`` is collective where the item table is sharded over several ranks."""
 
-    def __init__(self, model: MF, optimizer: RowOptimizer, l2: tuple[float, float], threads: int) -> None:
+    def __init__(
+        self, model: MF, optimizer: RowOptimizer, objective: Objective, threads: int,
+        shares: tuple[Floats32, Floats32] | None = None,
+    ) -> None:  # fmt: skip
+        """``shares``: with a penalty, ``objective.shares_of`` this rank's user rows, and of all items."""
         super().__init__()
         assert isinstance(model.user, ShardedTable) and isinstance(model.item, ShardedTable)
         self.model, self._user, self._item = model, model.user, model.item
-        self._optimizer, self._l2 = optimizer, l2
+        self._optimizer, self._objective = optimizer, objective
         form = model.form
-        self._shape = cpu.shape_of(form.dim, form.bias, cpu.KINDS[optimizer.kind])
+        self._shape = cpu.shape_of(form.dim, form.bias, form.members, cpu.KINDS[optimizer.kind])
+        nothing = np.empty((2, 0), np.float32)
+        self._shares = shares or (nothing[0], nothing[0])
+        assert bool(shares) == objective.penalised
+        self._user_pulls, self._item_pulls = (
+            objective.pulls(side, form.dim, form.width, form.members) if shares else nothing for side in (USER, ITEM)
+        )
         self._rules = cpu.rule_arrays(optimizer.rules)
         self._workers = Workers(threads)
         self._alone = Workers(1)
@@ -72,9 +83,9 @@ class FusedStep(nn.Module):
     def forward(self, user: torch.Tensor, item: torch.Tensor, rating: torch.Tensor, global_rows: int) -> torch.Tensor:
         """Take one step on this rank's rows; returns their share of the loss (without the penalty)."""
         offset = self.model.offset
-        if offset is None or self._item.world.size == 1:
+        if offset is None or not offset.requires_grad or self._item.world.size == 1:
             loss, grad = self._step(user, item, rating, global_rows)
-            if offset is not None:
+            if offset is not None and offset.requires_grad:
                 offset.grad = grad
             return loss
         loss_of: torch.Tensor = _Fused.apply(offset, self, user, item, rating, global_rows)  # type: ignore[no-untyped-call]
@@ -123,8 +134,8 @@ class FusedStep(nn.Module):
         self._gate[0] = 0
         arguments = (
             workers.threads, self._gate, self._shape, *batch, self._by_user.arrays, self._by_item.arrays, self._counts,
-            *_flat(self._user), *_flat(self._item), self._own, self._before, self._slope, self._error, self._user.step,
-            self._rules, numbers,
+            *_flat(self._user), *_flat(self._item), self._own, self._before, self._slope, self._error,
+            self._user_pulls, self._item_pulls, *self._shares, self._user.step, self._rules, numbers,
         )  # fmt: skip
         workers.all(lambda thread: cpu.whole_step(thread, *arguments))
 
@@ -149,14 +160,15 @@ class FusedStep(nn.Module):
             low, high = (cpu.cut(users.starts, num_users, thread + k, workers.threads) for k in (0, 1))
             cpu.user_pass(
                 shape, user_table, user_lasts, users.rows, users.starts, users.order, low, high, items.slot, own,
-                rating, self._before, self._slope, self._error, now, rules, numbers,
+                rating, self._before, self._slope, self._error, self._user_pulls, self._shares[USER], now, rules,
+                numbers,
             )  # fmt: skip
 
         def gradient(thread: int) -> None:
             low, high = (cpu.cut(items.starts, num_items, thread + k, workers.threads) for k in (0, 1))
             cpu.gradient(
-                shape, items.starts, items.order, low, high, users.slot, own, self._before, self._slope, numbers,
-                self._gradient,
+                shape, items.rows, items.starts, items.order, low, high, users.slot, own, self._before, self._slope,
+                self._item_pulls, self._shares[ITEM], numbers, self._gradient,
             )  # fmt: skip
 
         workers.all(user_pass)
@@ -169,12 +181,13 @@ class FusedStep(nn.Module):
     def _numbers(self, step: int, global_rows: int) -> Floats32:
         """``kernels.cpu.STEP_FIELDS`` of a step."""
         optimizer, form = self._optimizer, self.model.form
-        rate, (beta1, beta2), scale = optimizer.rate(step), optimizer.betas, 2 / global_rows
+        rate, (beta1, beta2) = optimizer.rate(step), optimizer.betas
+        scale = 2 * self._objective.weight(global_rows)
         low, high = form.sigmoid_range or (0.0, 0.0)
         offset = float(self.model.offset.detach()) if self.model.offset is not None else 0.0
         return np.array(
             [1 - rate * optimizer.weight_decay, rate / (1 - beta1**step), (1 - beta2**step) ** -0.5, beta1, beta2,
-             optimizer.eps, rate, scale, scale * self._l2[0], scale * self._l2[1], low, high - low,
+             optimizer.eps, rate, scale, low, high - low,
              form.sigmoid_range is not None, offset], np.float32,
         )  # fmt: skip
 
@@ -182,7 +195,7 @@ class FusedStep(nn.Module):
         """Make room for a batch of so many ratings."""
         if ratings > self._capacity:
             self._grow(ratings)
-        self._slope, self._error = self._slopes[:ratings], self._errors[:ratings]
+        self._slope, self._error = self._slopes[: ratings * self._shape[4]], self._errors[:ratings]
 
     def _grow(self, ratings: int) -> None:
         self._capacity = ratings + ratings // 8
@@ -190,7 +203,8 @@ class FusedStep(nn.Module):
         self._by_item.reserve(self._capacity)
         shape = self._capacity, self.model.form.width
         self._own, self._before, self._gradient = (np.empty(shape, np.float32) for _ in range(3))
-        self._slopes, self._errors = np.empty(self._capacity, np.float32), np.empty(self._capacity, np.float32)
+        self._errors = np.empty(self._capacity, np.float32)
+        self._slopes = np.empty(self._capacity * self._shape[4], np.float32)
 
 
 def _flat(table: ShardedTable) -> tuple[Floats32, Ints32]:

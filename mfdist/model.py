@@ -14,10 +14,11 @@ from torch import nn
 
 from mfdist.embedding import Table, initial_rows
 from mfdist.metrics import round_to_scale
+from mfdist.objective import BIAS_COLUMN, ITEM, USER
 
 __all__ = ["MF", "Form", "MFAdvanced", "Scored", "round_to_scale", "sigmoid_range"]
 
-USER_TABLE, ITEM_TABLE = 0, 1
+USER_TABLE, ITEM_TABLE = USER, ITEM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,24 @@ class Form:
     bias: bool
     init: bool
     sigmoid_range: tuple[float, float] | None
+    members: int = 0
+    """Groups of factors, each a model by itself whose mean is the prediction; 0: one model, its bias a column apart.
+
+    A member's row holds its bias inside: column 1 of a user's part is added to the score, and multiplies column 1 of
+    the item's, which so scales it; column 0 likewise with the sides exchanged.
+    """
+    init_std: float | None = None
+    """Factors begin as normal(0, init_std / sqrt(factors of a member)), biases at 0; None: as ``init`` says."""
 
     @property
     def width(self) -> int:
-        """Columns of a table row: the factors and, where the model has it, the bias behind them."""
-        return self.dim + self.bias
+        """Columns of a table row: the factors and, where the model has one apart, the bias behind them."""
+        return self.dim + (self.bias and not self.members)
+
+    @property
+    def part(self) -> int:
+        """Factors of a member."""
+        return self.dim // max(self.members, 1)
 
     def rating_of_score(self, score: torch.Tensor) -> torch.Tensor:
         if self.sigmoid_range is None:
@@ -43,13 +57,42 @@ class Form:
 
     def score(self, user: torch.Tensor, item: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
         """Scores (rows,) of table rows, both (rows, width)."""
-        score = (user[:, : self.dim] * item[:, : self.dim]).sum(dim=1)
-        if self.bias:
-            score = score + user[:, self.dim] + item[:, self.dim]
+        return self.member_scores(user, item, offset).mean(dim=1)
+
+    def member_scores(self, user: torch.Tensor, item: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
+        """Scores (rows, members or 1) of table rows, both (rows, width)."""
+        shape = (len(user), max(self.members, 1), self.part)
+        p, q = user[:, : self.dim].reshape(shape), item[:, : self.dim].reshape(shape)
+        score = (p * q).sum(dim=2)
+        if self.members:
+            score = score + p[:, :, BIAS_COLUMN[USER]] + q[:, :, BIAS_COLUMN[ITEM]]
+        elif self.bias:
+            score = score + (user[:, self.dim] + item[:, self.dim])[:, None]
         return score if offset is None else score + offset
+
+    def exported(self, side: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embedding (rows, dim) and bias (rows,) whose plain dot product and sum give the score."""
+        embedding = rows[:, : self.dim]
+        if not self.members:
+            return embedding, rows[:, self.dim] if self.bias else None
+        bias = embedding[:, BIAS_COLUMN[side] :: self.part].mean(dim=1)
+        return embedding / self.members**0.5, bias
+
+    def imported(self, embedding: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The reverse of :meth:`exported`: rows (rows, width)."""
+        if self.members:
+            return embedding * float(self.members**0.5)
+        return embedding if bias is None else torch.cat([embedding, bias[:, None]], dim=1)
 
     def initial(self, seed: int, table: int, first: int, end: int) -> torch.Tensor:
         """Initial weights (end - first, width) of global rows: uniform(0, 0.05) with biases 0, or all normal(0, 1)."""
+        if self.init_std is not None:
+            rows = torch.zeros(end - first, self.width)
+            normal = initial_rows(seed, table, first, end, self.dim, "normal")
+            rows[:, : self.dim] = normal * (self.init_std / self.part**0.5)
+            if self.members:
+                rows[:, BIAS_COLUMN[USER] :: self.part] = rows[:, BIAS_COLUMN[ITEM] :: self.part] = 0
+            return rows
         if not self.init:
             return initial_rows(seed, table, first, end, self.width, "normal")
         rows = torch.zeros(end - first, self.width)
@@ -67,9 +110,9 @@ def sigmoid_range(low: float, high: float, step: float) -> tuple[float, float]:
 
 
 class Scored(NamedTuple):
-    """Predictions (rows,), and the table rows behind them (rows, width) for a penalty on them."""
+    """Predictions of each member (rows, members or 1), and the table rows behind them (rows, width)."""
 
-    prediction: torch.Tensor
+    predictions: torch.Tensor
     user: torch.Tensor
     item: torch.Tensor
 
@@ -85,7 +128,7 @@ class MF(nn.Module):
     def forward(self, user: torch.Tensor, item: torch.Tensor) -> Scored:
         """Predictions for global rows ``user`` and ``item``, both (rows,); collective where a table is sharded."""
         p, q = self.user(user), self.item(item)
-        return Scored(self.form.rating_of_score(self.form.score(p, q, self.offset)), p, q)
+        return Scored(self.form.rating_of_score(self.form.member_scores(p, q, self.offset)), p, q)
 
     def settle(self) -> None:
         """Bring every row of both tables to the present, in place."""
@@ -96,7 +139,9 @@ class MF(nn.Module):
 class MFAdvanced(MF):
     """prediction = sigmoid_range(<p_u, q_i> + b_u + b_i + offset); without ``bias`` neither biases nor offset."""
 
-    def __init__(self, form: Form, user: Table, item: Table) -> None:
+    def __init__(self, form: Form, user: Table, item: Table, fixed_offset: float | None = None) -> None:
+        """``fixed_offset``: the offset is this and not learned."""
         super().__init__(form, user, item)
         if form.bias:
-            self.offset = nn.Parameter(torch.zeros(1, device=user.world.device))
+            start = torch.full((1,), fixed_offset or 0.0, device=user.world.device)
+            self.offset = nn.Parameter(start, requires_grad=fixed_offset is None)

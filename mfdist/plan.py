@@ -31,6 +31,7 @@ from mfdist.kernels import stride_of
 from mfdist.lanes import row_group_rows
 from mfdist.loader import Loader, available_bytes, id_dtype, ranks_here
 from mfdist.model import MF, MFAdvanced
+from mfdist.objective import Objective
 from mfdist.schedule import lanes_of_rank
 from mfdist.train_config import TrainConfig
 
@@ -252,7 +253,7 @@ def _share_of_model(config: PlanConfig, manifest: Manifest, ranks: int, total_st
         table.rows.last.random_(1, table.step + 1)
         tables.append(table)
     model = (MF if config.model == "mf" else MFAdvanced)(form, *tables)
-    return model, FusedStep(model, optimizer, config.l2, torch.get_num_threads())
+    return model, FusedStep(model, optimizer, Objective(), torch.get_num_threads())
 
 
 # Showing it ---------------------------------------------------------------------------------------

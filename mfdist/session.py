@@ -26,12 +26,16 @@ from mfdist.fused import FusedStep
 from mfdist.loader import Loader
 from mfdist.log import Console, MetricsLog
 from mfdist.model import ITEM_TABLE, MF, USER_TABLE, MFAdvanced
+from mfdist.objective import Floats32, Objective, shares_of
 from mfdist.optim import RowOptimizer
 from mfdist.saver import Saver
 from mfdist.train_config import TrainConfig
 from mfdist.validate import Validation
 
 T = TypeVar("T")
+
+
+Shares = tuple[Floats32, Floats32]
 
 
 @dataclass
@@ -64,6 +68,8 @@ class Session:
     fused: FusedStep | None  # the step by fast kernels, where they are to be had
     replica: nn.Module  # the model under DistributedDataParallel, where it has anything to reduce
     optimizer: RowOptimizer
+    objective: Objective
+    shares: Shares | None  # one over the training ratings of this rank's user rows and of all items, for a penalty
     offset_state: tuple[torch.Tensor, ...]
     validation: Validation
     progress: Progress
@@ -91,10 +97,15 @@ def build(
         wire = torch.bfloat16 if config.wire_dtype == "bf16" else torch.float32
         user = ShardedTable(users, form.width, optimizer, world, at_home=True)
         item = ShardedTable(items, form.width, optimizer, world, at_home=False, wire_dtype=wire)
-    model = (MF if config.model == "mf" else MFAdvanced)(form, user, item)
+    if config.model == "mf":
+        model = MF(form, user, item)
+    else:
+        model = MFAdvanced(form, user, item, manifest.global_mean if config.offset == "mean" else None)
+    objective = config.objective()
+    shares = _shares(dataset, user) if objective.penalised else None
     fused = None
     if config.sharding != "replicated" and world.device.type == "cpu":
-        fused = FusedStep(model, optimizer, config.l2, torch.get_num_threads())
+        fused = FusedStep(model, optimizer, objective, torch.get_num_threads(), shares)
     replica = world.replicate(fused or model)
     ranks = f"{world.size} {'rank' if world.size == 1 else 'ranks'} on {world.device.type}"
     tables = "whole on each rank" if config.sharding == "replicated" else "cut by rows"
@@ -107,12 +118,17 @@ def build(
         console.info("nothing is replicated in this model, so it runs without DistributedDataParallel")
     assert config.run is not None
     return Session(
-        config, config.run, dataset, world, console, loader, model, fused, replica, optimizer,
+        config, config.run, dataset, world, console, loader, model, fused, replica, optimizer, objective, shares,
         tuple(torch.zeros(1, w, device=world.device) for w in optimizer.state_widths(1)),
         Validation(dataset, world, config.cold == "known-side"), Progress(), MetricsLog(None),
         Saver(config.run, world, Retention(config.keep, config.keep_every), may_save),
         time.monotonic(), time.monotonic(),
     )  # fmt: skip
+
+
+def _shares(dataset: Dataset, user: Table) -> Shares:
+    counts = [dataset.counts("users", first, end) for first, end in user.held]
+    return shares_of(np.concatenate([np.empty(0, np.int64), *counts])), shares_of(dataset.counts("items"))
 
 
 def restore_or_initialise(session: Session) -> None:
@@ -190,8 +206,11 @@ def _init_from(session: Session, run: str) -> None:
     """Begin with the exported model of another run, whose rows are the first ones of these tables."""
     exported = export.ExportedModel.open(run)
     form, model = session.model.form, session.model
-    if exported.config["dim"] != form.dim or exported.has_biases != form.bias:
-        raise UsageError(f"--init-from {storage.redact(run)}: that model has another --emb-dim or other biases.")
+    members = exported.config.get("members", 0)
+    if exported.config["dim"] != form.dim or exported.has_biases != form.bias or members != form.members:
+        raise UsageError(
+            f"--init-from {storage.redact(run)}: that model has another --emb-dim, other biases or --members."
+        )
     sides = ((model.user, USER_TABLE, exported.user_embedding, exported.user_bias),
              (model.item, ITEM_TABLE, exported.item_embedding, exported.item_bias))  # fmt: skip
     for table, number, factors, biases in sides:
@@ -207,9 +226,9 @@ def _known_rows(session: Session, number: int, factors: Any, biases: Any, first:
     form = session.model.form
     weight = form.initial(session.config.seed, number, first, end)
     known = max(0, min(end, len(factors)) - first)
-    weight[:known, : form.dim] = torch.from_numpy(np.array(factors[first : first + known]))
-    if biases is not None:
-        weight[:known, form.dim] = torch.from_numpy(np.array(biases[first : first + known]))
+    if known:
+        bias = None if biases is None else torch.from_numpy(np.array(biases[first : first + known]))
+        weight[:known] = form.imported(torch.from_numpy(np.array(factors[first : first + known])), bias)
     return weight
 
 

@@ -25,6 +25,8 @@ from mfdist.finish import finish
 from mfdist.lease import Lease
 from mfdist.loader import Batch, Loader
 from mfdist.log import Console
+from mfdist.model import Scored
+from mfdist.objective import ITEM, USER
 from mfdist.session import Session, build, chosen_epoch, look_after_save, restore_or_initialise, save, wait_for_save
 from mfdist.stopping import StopWatch
 from mfdist.train_config import TrainConfig, check_changes
@@ -77,7 +79,7 @@ def train_step(session: Session, batch: Batch) -> torch.Tensor:
     """
     sum_of_squares = _fused_step(session, batch) if session.fused else _autograd_step(session, batch)
     model, step = session.model, session.progress.step + 1
-    if model.offset is not None:
+    if model.offset is not None and model.offset.requires_grad:
         assert model.offset.grad is not None
         weight, grad = model.offset.data.view(1, 1), model.offset.grad.view(1, 1)
         session.optimizer.update(weight, session.offset_state, grad, step)
@@ -98,23 +100,27 @@ def _fused_step(session: Session, batch: Batch) -> torch.Tensor:
 def _autograd_step(session: Session, batch: Batch) -> torch.Tensor:
     """The plain way: torch's autograd through the gathered rows, any device and placement."""
     scored = session.replica(batch.user, batch.item)
-    error = scored.prediction - batch.rating
-    loss = error.square().sum() / batch.global_rows
-    if any(session.config.l2):
-        loss = loss + _penalty(session, scored.user, scored.item) / batch.global_rows
-    loss.backward()
+    errors = scored.predictions - batch.rating[:, None]
+    loss = errors.square().sum()
+    if session.objective.penalised:
+        loss = loss + _penalty(session, batch, scored)
+    (loss * session.objective.weight(batch.global_rows)).backward()
     session.model.user.apply_gradient()
     session.model.item.apply_gradient()
-    sum_of_squares: torch.Tensor = error.detach().double().square().sum()
+    sum_of_squares: torch.Tensor = errors.detach().double().mean(dim=1).square().sum()
     return sum_of_squares
 
 
-def _penalty(session: Session, user: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
-    """L2 per rating, on the rating's own rows: factors and biases apart."""
-    dim = session.model.form.dim
-    factors, biases = session.config.l2
-    rows = torch.cat([user, item])
-    return factors * rows[:, :dim].square().sum() + biases * rows[:, dim:].square().sum()
+def _penalty(session: Session, batch: Batch, scored: Scored) -> torch.Tensor:
+    """What pulls the rows of each rating towards zero, see ``objective``."""
+    form, shares, total = session.model.form, session.shares, torch.zeros((), device=batch.rating.device)
+    assert shares is not None
+    local = session.model.user.local(batch.user)
+    for side, index, rows in ((USER, local, scored.user), (ITEM, batch.item, scored.item)):
+        pulls = torch.from_numpy(session.objective.pulls(side, form.dim, form.width, form.members)).to(rows.device)
+        share = torch.from_numpy(shares[side]).to(rows.device)[index.long()]
+        total = total + ((pulls[0] + share[:, None] * pulls[1]) * rows.square()).sum()
+    return total
 
 
 # Setting up ---------------------------------------------------------------------------------------

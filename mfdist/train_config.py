@@ -11,7 +11,16 @@ from mfdist.config import flag, parse_pair, parse_range
 from mfdist.dataset import Manifest
 from mfdist.errors import UsageError
 from mfdist.model import Form, sigmoid_range
+from mfdist.objective import Objective
 from mfdist.optim import OPTIMIZERS, SCHEDULES, RowOptimizer
+
+
+def parse_row_l2(text: str) -> tuple[float, ...]:
+    """'6,4.5,5,6.5,8,35' as six numbers; two or four mean zero for the rest."""
+    parts = [float(part) for part in text.split(",")]
+    if len(parts) not in (2, 4, 6) or min(parts) < 0:
+        raise ValueError("expected two, four or six numbers of at least 0 with commas between them")
+    return (*parts, *[0.0] * (6 - len(parts)))
 
 
 def parse_cadence(text: str) -> str:
@@ -35,6 +44,24 @@ class TrainConfig:
     weight_decay: float = flag(0.01, "decoupled weight decay: w <- w (1 - lr wd), every row, every step", at_least=0)
     l2: tuple[float, float] = flag(
         (0.0, 0.0), "FACTORS,BIASES: penalty in the loss, per rating, on its own rows", parse=parse_pair
+    )
+    row_l2: tuple[float, ...] | None = flag(
+        None, "penalty of a row, shared out among its ratings: factors of users, of items [, biases of users, of items "
+        "[, scales of users, of items]]; not set: none", parse=parse_row_l2
+    )  # fmt: skip
+    reduction: str = flag(
+        "mean", "loss of a step: the mean of its squared errors, or half their sum (then --lr is that of one rating)",
+        choices=("mean", "sum"),
+    )  # fmt: skip
+    members: int = flag(
+        0, "groups that the factors fall into, each fitted by itself with biases inside, their mean predicts; 0: none",
+        at_least=0,
+    )  # fmt: skip
+    offset: str = flag(
+        "learned", "mf_advanced's offset: learned from 0, or the mean of training", choices=("learned", "mean")
+    )
+    init_std: float | None = flag(
+        None, "factors begin as normal(0, this / sqrt(factors)), biases at 0; not set: as --no-init says", at_least=0
     )
     betas: tuple[float, float] = flag((0.9, 0.999), "Adam's decay rates of the two moments", parse=parse_pair)
     eps: float = flag(1e-8, "added to the root of the second moment", above=0)
@@ -82,6 +109,12 @@ class TrainConfig:
             )
         if self.patience is not None and not self.stop_fraction:
             raise UsageError("--patience watches the stop rows; give --stop-fraction too, such as 0.02.")
+        if (plain or self.no_bias or not self.no_sigmoid) and (self.members or self.offset == "mean"):
+            raise UsageError("--members and --offset mean need mf_advanced with biases and with --no-sigmoid.")
+        if self.members and (self.emb_dim % self.members or self.emb_dim // self.members < 3):
+            raise UsageError(
+                f"--members {self.members} needs an --emb-dim that it divides into groups of three or more factors."
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"--betas {self.betas[0]:g},{self.betas[1]:g}: both must be at least 0 and below 1.")
         if min(self.l2) < 0:
@@ -93,8 +126,12 @@ class TrainConfig:
         span = self.sigmoid_range or sigmoid_range(*manifest.rating_scale, manifest.rating_step)
         return Form(
             model=self.model, dim=self.emb_dim, bias=advanced and not self.no_bias, init=advanced and not self.no_init,
-            sigmoid_range=span if advanced and not self.no_sigmoid else None,
+            sigmoid_range=span if advanced and not self.no_sigmoid else None, members=self.members,
+            init_std=self.init_std,
         )  # fmt: skip
+
+    def objective(self) -> Objective:
+        return Objective(reduction=self.reduction, l2=self.l2, row_l2=self.row_l2)
 
     def row_optimizer(self, total_steps: int) -> RowOptimizer:
         return RowOptimizer(
@@ -104,8 +141,9 @@ class TrainConfig:
 
 
 MEANING = (
-    "model", "emb_dim", "optimizer", "lr", "lr_schedule", "weight_decay", "l2", "betas", "eps", "batch_size", "seed",
-    "wire_dtype", "init_from", "stop_fraction", "cold", "no_sigmoid", "no_bias", "no_init", "sigmoid_range",
+    "model", "emb_dim", "optimizer", "lr", "lr_schedule", "weight_decay", "l2", "row_l2", "reduction", "members",
+    "offset", "init_std", "betas", "eps", "batch_size", "seed", "wire_dtype", "init_from", "stop_fraction", "cold",
+    "no_sigmoid", "no_bias", "no_init", "sigmoid_range",
 )  # fmt: skip
 """Keys that a resumed run may not change: they would make it another run."""
 

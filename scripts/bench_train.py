@@ -45,6 +45,7 @@ from mfdist.embedding import ShardedTable, item_layout, user_layout
 from mfdist.fused import FusedStep
 from mfdist.loader import Loader
 from mfdist.model import ITEM_TABLE, USER_TABLE, Form, MFAdvanced
+from mfdist.objective import Objective
 from mfdist.optim import RowOptimizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,7 +209,7 @@ def ours(dataset: Dataset, kind: str, batches: Sequence[Batch], flags: Any) -> f
         table = ShardedTable(layout, FORM.width, optimizer, world, at_home=number == USER_TABLE)
         table.initialise(partial(FORM.initial, 42, number))
         tables.append(table)
-    step = FusedStep(MFAdvanced(FORM, *tables), optimizer, (0.0, 0.0), flags.threads)
+    step = FusedStep(MFAdvanced(FORM, *tables), optimizer, Objective(), flags.threads)
     try:
         for _warm_up_then_timed in range(2):
             began = time.perf_counter()

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "mfdist"
 # Modules of one layer do not import each other; where a concept has several files they take their places in
 # order, separated by "/": a later place of the same layer may import an earlier one.
 LAYERS = (
-    "errors ids text_rows / storage / config metrics log schedule shuffle kernels",
+    "errors ids text_rows objective / storage / config metrics log schedule shuffle kernels",
     "distributed launch dataset stopping lease",
     "card degrees reading prefetch sources spill optim shards dataset_report "
     "/ checkpoint / saver planted assembly layouts split lanes embedding export amend blocks / twin device_feed "

@@ -22,6 +22,7 @@ from numba import njit
 from mfdist.kernels import stride_of
 from mfdist.kernels.machine import bare, prefetch, prefetch_read, wait_for_all
 from mfdist.kernels.rules import SHORT_GAP, AdamRules
+from mfdist.objective import BIAS_COLUMN
 
 ADAMW, SPARSE_ADAM, ROWWISE_ADAGRAD, SGD = range(4)
 KINDS = {"adamw": ADAMW, "sparse_adam": SPARSE_ADAM, "rowwise_adagrad": ROWWISE_ADAGRAD, "sgd": SGD}
@@ -87,19 +88,24 @@ def group(ids: Any, order: Any, scratch: Any, rows: Any, starts: Any, slot: Any)
     return number + 1
 
 
-# Kernels: ``shape`` is (factors, width, stride, kind), see :func:`shape_of` --------------------------
+# Kernels: ``shape`` is what describes a row, see :func:`shape_of` --------------------------
 # Slices, not sums of indices, and numpy's error model: LLVM makes vector instructions of the loops only so.
 
-STEP_FIELDS = ("decay", "rate1", "root2", "beta1", "beta2", "eps", "rate", "scale", "l2_factors", "l2_biases", "low",
-               "span", "sigmoid", "offset")  # fmt: skip
-"""The float32 ``numbers`` of one step. rate1: lr / (1 - b1^t); root2: 1 / sqrt(1 - b2^t); scale: 2 / global rows."""
+STEP_FIELDS = ("decay", "rate1", "root2", "beta1", "beta2", "eps", "rate", "scale", "low", "span", "sigmoid", "offset")
+"""The float32 ``numbers`` of one step. rate1: lr / (1 - b1^t); root2: 1 / sqrt(1 - b2^t); scale: twice the weight of a
+rating's squared error in the loss."""
 
 
-def shape_of(dim: int, bias: bool, kind: int) -> tuple[int, int, int, int]:
-    """(factors, width, stride, kind) of the rows of a model under an optimizer of :data:`KINDS`."""
-    width = dim + int(bias)
+def shape_of(dim: int, bias: bool, members: int, kind: int) -> tuple[int, int, int, int, int, int, int]:
+    """(factors of a member, width, stride, kind, members, user's bias, item's bias) of a model under an optimizer.
+
+    ``kind``: of :data:`KINDS`. The last two: the member's first column that is added to the score as a bias, -1 where
+    there is none (``objective.BIAS_COLUMN`` where members hold them inside).
+    """
+    width = dim + int(bias and not members)
     state = {ADAMW: 2 * width, SPARSE_ADAM: 2 * width, ROWWISE_ADAGRAD: 1, SGD: 0}[kind]
-    return dim, width, stride_of(width, state), kind
+    user_bias, item_bias = BIAS_COLUMN if members else (dim, dim) if bias else (-1, -1)
+    return dim // max(members, 1), width, stride_of(width, state), kind, max(members, 1), user_bias, item_bias
 
 
 _kernel = njit(nogil=True, fastmath=True, error_model="numpy", cache=True)
@@ -126,12 +132,12 @@ def ask_row(buffer: Any, slot: Any, order: Any, q: Any, number: Any) -> None:
 
 
 @_inlined
-def decay_between(by_step: Any, first: Any, end: Any) -> float:
+def decay_between(by_step: Any, first: Any, end: Any) -> Any:
     """D_end / D_first, see ``kernels.rules``."""
     log = by_step[end, LOG_DECAY] - by_step[first, LOG_DECAY]
     if abs(log) < 0.01:  # four terms are exact to 1e-12 there, at a tenth of the time
         return 1.0 + log * (1.0 + log * (0.5 + log * (1.0 / 6.0 + log / 24.0)))
-    return np.exp(log)  # type: ignore[no-any-return]
+    return np.exp(log)
 
 
 @_inlined
@@ -141,7 +147,7 @@ def catch_up(shape: Any, table: Any, base: Any, last: Any, now: Any, rules: Any,
     ``last`` is not written; ``work`` is space (2, width). See ``kernels.rules`` for the sums.
     """
     if abs(last) != now:
-        _dim, width, _stride, kind = shape
+        width, kind = shape[1], shape[3]
         by_step, by_gap, _early, horizon, plain_below = rules
         ratio = decay_between(by_step, abs(last), now)
         decay = np.float32(ratio)
@@ -239,7 +245,7 @@ def sum_terms(width: Any, v: Any, gap: Any, last: Any, now: Any, rules: Any, rat
 @_inlined
 def move(shape: Any, row: Any, grad: Any, numbers: Any) -> None:
     """One optimizer step of a packed ``row``."""
-    _dim, width, _stride, kind = shape
+    width, kind = shape[1], shape[3]
     one = np.float32(1)
     decay, rate1, root2, beta1, beta2 = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
     eps, rate = numbers[5], numbers[6]
@@ -272,7 +278,7 @@ def gather(
     shape: Any, table: Any, lasts: Any, rows: Any, low: Any, high: Any, out: Any, now: Any, rules: Any, numbers: Any
 ) -> None:
     """Bring ``rows[low:high]`` to the present, in place, and copy their weights to ``out``."""
-    _dim, width, stride, _kind = shape
+    width, stride = shape[1], shape[2]
     table, lasts, rows, out, numbers = bare(table), bare(lasts), bare(rows), bare(out), bare(numbers)
     rules = (bare(rules[0]), bare(rules[1]), bare(rules[2]), rules[3], rules[4])
     space = np.empty((2, width), np.float32)
@@ -294,15 +300,19 @@ def gather(
 @_kernel
 def user_pass(
     shape: Any, table: Any, lasts: Any, rows: Any, starts: Any, order: Any, low: Any, high: Any, item_slot: Any,
-    items: Any, rating: Any, before: Any, slope: Any, error: Any, now: Any, rules: Any, numbers: Any,
+    items: Any, rating: Any, before: Any, slope: Any, error: Any, pulls: Any, shares: Any, now: Any, rules: Any,
+    numbers: Any,
 ) -> None:  # fmt: skip
     """Users ``rows[low:high]``: catch up, score, update. Writes their weights as they were to ``before`` (row
-    by row), and per rating the error and ``slope``, the derivative of the loss by the score."""
-    dim, width, stride, _kind = shape
+    by row), per rating the error, and per rating and member ``slope``, the derivative of the loss by the score.
+
+    ``pulls`` and ``shares``: see :func:`penalise`."""
+    part, width, stride, _kind, members, user_bias, item_bias = shape
     number = rating.size
     one = np.float32(1)
-    scale, l2_factors, l2_biases = numbers[7], numbers[8], numbers[9]
-    base_rating, span, sigmoid, offset = numbers[10], numbers[11], numbers[12], numbers[13]
+    scale, base_rating, span, sigmoid, offset = numbers[7], numbers[8], numbers[9], numbers[10], numbers[11]
+    share_of_members = one / np.float32(members)
+    pulls, shares = bare(pulls), bare(shares)
     table, lasts, rows, starts, order = bare(table), bare(lasts), bare(rows), bare(starts), bare(order)
     item_slot, items, rating, before = bare(item_slot), bare(items), bare(rating), bare(before)
     slope, error, numbers = bare(slope), bare(error), bare(numbers)
@@ -319,82 +329,93 @@ def user_pass(
         for d in range(width):
             was[d] = row[d]
             grad[d] = 0
-        penalise(shape, grad, was, starts[j + 1] - starts[j], l2_factors, l2_biases)
-        for q in range(starts[j], starts[j + 1]):
-            k = order[q]
-            ask_row(items, item_slot, order, q + AHEAD, number)
+        penalise(grad, was, starts[j + 1] - starts[j], pulls, shares, rows[j], scale)
+        for place in range(starts[j], starts[j + 1]):
+            k = order[place]
+            ask_row(items, item_slot, order, place + AHEAD, number)
             item = items[item_slot[k]]
-            score = offset
-            for d in range(dim):
-                score += was[d] * item[d]
-            if width > dim:
-                score += was[dim] + item[dim]
-            if sigmoid > 0:
-                s = one / (one + np.exp(-score))
-                e = base_rating + span * s - rating[k]
-                c = scale * e * span * s * (one - s)
-            else:
-                e = score - rating[k]
-                c = scale * e
-            error[k] = e
-            slope[k] = c
-            for d in range(dim):
-                grad[d] += c * item[d]
-            if width > dim:
-                grad[dim] += c
+            mean = np.float32(0)
+            for member in range(members):
+                first = member * part
+                p, q, g = was[first : first + part], item[first : first + part], grad[first : first + part]
+                score = offset
+                for d in range(part):
+                    score += p[d] * q[d]
+                if user_bias >= 0:
+                    score += was[first + user_bias] + item[first + item_bias]
+                if sigmoid > 0:
+                    s = one / (one + np.exp(-score))
+                    e = base_rating + span * s - rating[k]
+                    c = scale * e * span * s * (one - s)
+                else:
+                    e = score - rating[k]
+                    c = scale * e
+                mean += e
+                slope[k * members + member] = c
+                for d in range(part):
+                    g[d] += c * q[d]
+                if user_bias >= 0:
+                    grad[first + user_bias] += c
+            error[k] = mean * share_of_members
         move(shape, row, grad, numbers)
         lasts[base + stride - 1] = now + 1
     space[0, 0] = 0  # it lives until here
 
 
 @_inlined
-def penalise(shape: Any, grad: Any, weight: Any, count: Any, l2_factors: Any, l2_biases: Any) -> None:
-    """Add the gradient of the penalty of ``count`` ratings."""
-    dim, width, _stride, _kind = shape
-    if l2_factors != 0:
-        factor = np.float32(count) * l2_factors
-        for d in range(dim):
-            grad[d] += factor * weight[d]
-    if l2_biases != 0 and width > dim:
-        grad[dim] += np.float32(count) * l2_biases * weight[dim]
+def penalise(grad: Any, weight: Any, count: Any, pulls: Any, shares: Any, row: Any, scale: Any) -> None:
+    """Add the gradient of the penalty of ``count`` ratings: ``pulls`` (2, width) float32, see ``objective``.
+
+    Empty ``pulls``: none. ``shares`` float32 (rows,): one over the training ratings of each row.
+    """
+    if pulls.size > 0:
+        times = scale * np.float32(count)
+        always, once = pulls[0], pulls[1]
+        share = times * shares[row]
+        for d in range(grad.size):
+            grad[d] += (times * always[d] + share * once[d]) * weight[d]
 
 
 @_inlined
 def add_up(
     shape: Any, grad: Any, own: Any, first: Any, end: Any, order: Any, user_slot: Any, before: Any, slope: Any,
-    numbers: Any,
+    number: Any,
 ) -> None:  # fmt: skip
-    """``grad`` (width,): the gradient of one item with weights ``own`` from its ratings ``order[first:end]``."""
-    dim, width, _stride, _kind = shape
-    number = slope.size
-    for d in range(width):
-        grad[d] = 0
-    penalise(shape, grad, own, end - first, numbers[8], numbers[9])
-    for q in range(first, end):
-        k = order[q]
-        ask_row(before, user_slot, order, q + AHEAD, number)
-        user, c = before[user_slot[k]], slope[k]
-        for d in range(dim):
-            grad[d] += c * user[d]
-        if width > dim:
-            grad[dim] += c
+    """Add to ``grad`` (width,) the gradient of one item from its ratings ``order[first:end]``, of ``number``."""
+    part, _width, _stride, _kind, members, _user_bias, item_bias = shape
+    for place in range(first, end):
+        k = order[place]
+        ask_row(before, user_slot, order, place + AHEAD, number)
+        user = before[user_slot[k]]
+        for member in range(members):
+            begin, c = member * part, slope[k * members + member]
+            p, g = user[begin : begin + part], grad[begin : begin + part]
+            for d in range(part):
+                g[d] += c * p[d]
+            if item_bias >= 0:
+                grad[begin + item_bias] += c
 
 
 @_kernel
 def item_pass(
     shape: Any, table: Any, lasts: Any, rows: Any, starts: Any, order: Any, low: Any, high: Any, user_slot: Any,
-    own: Any, before: Any, slope: Any, now: Any, numbers: Any,
+    own: Any, before: Any, slope: Any, pulls: Any, shares: Any, now: Any, numbers: Any,
 ) -> None:  # fmt: skip
     """Items ``rows[low:high]``, gathered before (``own``): gradient from the users' ``before``, then update."""
-    _dim, width, stride, _kind = shape
+    width, stride = shape[1], shape[2]
     table, lasts, rows, starts, order = bare(table), bare(lasts), bare(rows), bare(starts), bare(order)
     user_slot, own, before, slope, numbers = bare(user_slot), bare(own), bare(before), bare(slope), bare(numbers)
+    pulls, shares = bare(pulls), bare(shares)
+    number = slope.size // shape[4]
     space = np.empty(width, np.float32)
     grad = bare(space)
     for j in range(low, high):
         if j + AHEAD < high:
             ask(table, np.int64(rows[j + AHEAD]) * stride, stride)
-        add_up(shape, grad, own[j], starts[j], starts[j + 1], order, user_slot, before, slope, numbers)
+        for d in range(width):
+            grad[d] = 0
+        penalise(grad, own[j], starts[j + 1] - starts[j], pulls, shares, rows[j], numbers[7])
+        add_up(shape, grad, own[j], starts[j], starts[j + 1], order, user_slot, before, slope, number)
         base = np.int64(rows[j]) * stride
         move(shape, table[base : base + stride], grad, numbers)
         lasts[base + stride - 1] = now + 1
@@ -403,14 +424,20 @@ def item_pass(
 
 @_kernel
 def gradient(
-    shape: Any, starts: Any, order: Any, low: Any, high: Any, user_slot: Any, own: Any, before: Any, slope: Any,
-    numbers: Any, out: Any,
+    shape: Any, rows: Any, starts: Any, order: Any, low: Any, high: Any, user_slot: Any, own: Any, before: Any,
+    slope: Any, pulls: Any, shares: Any, numbers: Any, out: Any,
 ) -> None:  # fmt: skip
     """The gradients of items ``low`` to ``high`` alone, for an owner elsewhere: float32 ``out`` (items, width)."""
-    starts, order, user_slot, own = bare(starts), bare(order), bare(user_slot), bare(own)
+    rows, starts, order, user_slot, own = bare(rows), bare(starts), bare(order), bare(user_slot), bare(own)
     before, slope, numbers, out = bare(before), bare(slope), bare(numbers), bare(out)
+    pulls, shares = bare(pulls), bare(shares)
+    number = slope.size // shape[4]
     for j in range(low, high):
-        add_up(shape, out[j], own[j], starts[j], starts[j + 1], order, user_slot, before, slope, numbers)
+        grad = out[j]
+        for d in range(grad.size):
+            grad[d] = 0
+        penalise(grad, own[j], starts[j + 1] - starts[j], pulls, shares, rows[j], numbers[7])
+        add_up(shape, grad, own[j], starts[j], starts[j + 1], order, user_slot, before, slope, number)
 
 
 @_kernel
@@ -447,7 +474,8 @@ def cut(starts: Any, rows: Any, part: Any, parts: Any) -> int:
 def whole_step(
     thread: Any, threads: Any, gate: Any, shape: Any, user: Any, item: Any, rating: Any, by_user: Any, by_item: Any,
     counts: Any, user_table: Any, user_lasts: Any, item_table: Any, item_lasts: Any, own: Any, before: Any, slope: Any,
-    error: Any, now: Any, rules: Any, numbers: Any,
+    error: Any, user_pulls: Any, item_pulls: Any, user_shares: Any, item_shares: Any, now: Any, rules: Any,
+    numbers: Any,
 ) -> None:  # fmt: skip
     """The step of one process, by ``threads`` threads that all call this; ``gate`` (int64, 1) is 0 at the start.
 
@@ -467,14 +495,14 @@ def whole_step(
     low, high = cut(by_user[3], users, thread, threads), cut(by_user[3], users, thread + 1, threads)
     user_pass(
         shape, user_table, user_lasts, by_user[2], by_user[3], by_user[0], low, high, by_item[4], own, rating, before,
-        slope, error, now, rules, numbers,
+        slope, error, user_pulls, user_shares, now, rules, numbers,
     )  # fmt: skip
     if threads > 1:
         wait_for_all(gate, 3 * threads)
     low, high = cut(by_item[3], items, thread, threads), cut(by_item[3], items, thread + 1, threads)
     item_pass(
         shape, item_table, item_lasts, by_item[2], by_item[3], by_item[0], low, high, by_user[4], own, before, slope,
-        now, numbers,
+        item_pulls, item_shares, now, numbers,
     )  # fmt: skip
 
 
@@ -484,6 +512,7 @@ def sums(error: Any, slope: Any) -> tuple[float, float]:
     squares, slopes = 0.0, 0.0
     for k in range(error.size):
         squares += np.float64(error[k]) * np.float64(error[k])
+    for k in range(slope.size):
         slopes += np.float64(slope[k])
     return squares, slopes
 
