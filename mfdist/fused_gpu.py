@@ -19,6 +19,7 @@ from mfdist.embedding import Layout, ShardedTable
 from mfdist.fused import _Fused
 from mfdist.kernels import cpu, gpu
 from mfdist.model import MF
+from mfdist.objective import ITEM, USER, Floats32, Objective
 from mfdist.optim import RowOptimizer
 
 LINE_FLOATS = 8
@@ -74,7 +75,11 @@ class GpuStep(nn.Module):
     (``TRITON_INTERPRET=1``), for tests.
     """
 
-    def __init__(self, model: MF, optimizer: RowOptimizer, l2: tuple[float, float], graphs: bool = True) -> None:
+    def __init__(
+        self, model: MF, optimizer: RowOptimizer, objective: Objective, shares: tuple[Floats32, Floats32] | None = None,
+        graphs: bool = True,
+    ) -> None:  # fmt: skip
+        """``shares``: as for ``FusedStep``. Models with members have no kernels here yet."""
         super().__init__()
         assert isinstance(model.user, ShardedTable) and isinstance(model.item, ShardedTable)
         self.model, self._user, self._item = model, model.user, model.item
@@ -83,10 +88,11 @@ class GpuStep(nn.Module):
         self._low, self._span = low, high - low
         self._shape = gpu.shape_of(
             form.dim, form.bias, cpu.KINDS[optimizer.kind], sum(optimizer.state_widths(form.width)),
-            form.sigmoid_range is not None, any(l2),
+            form.sigmoid_range is not None, objective.penalised,
         )  # fmt: skip
-        rows = len(self._user.rows.last), self._item.layout.num_rows
-        self._pulls = [(torch.zeros(n, device=self._device), l2[0], 0.0, l2[1], 0.0) for n in rows]
+        assert bool(shares) == objective.penalised and not form.members
+        self._objective = objective
+        self._pulls = [self._pulls_of(side, shares[side] if shares else np.zeros(1, "f4")) for side in (USER, ITEM)]
         self._rules = gpu.rules_on(
             self._device, optimizer.rules, optimizer.betas, optimizer.eps, optimizer.weight_decay
         )
@@ -150,12 +156,12 @@ class GpuStep(nn.Module):
         key = number, global_rows
         if not self._uses_graphs or key not in self._graphs:
             self._graphs[key] = None
-            self._queue_step(number, 2 / global_rows)
+            self._queue_step(number, 2 * self._objective.weight(global_rows))
         else:
             if self._graphs[key] is None:
                 self._graphs[key] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self._graphs[key], capture_error_mode="thread_local"):
-                    self._queue_step(number, 2 / global_rows)
+                    self._queue_step(number, 2 * self._objective.weight(global_rows))
             self._graphs[key].replay()
 
     def _queue_step(self, number: int, scale: float) -> None:
@@ -170,7 +176,7 @@ class GpuStep(nn.Module):
 
     def _with_others(self, number: int, global_rows: int) -> None:
         """Item rows come from their owners, and their gradients go back; collective."""
-        scale, items, shape = 2 / global_rows, self._by_item, self._shape
+        scale, items, shape = 2 * self._objective.weight(global_rows), self._by_item, self._shape
         if number:
             self._by_user.sort(self._users[:number])
             items.sort(self._items[:number])
@@ -243,6 +249,12 @@ class GpuStep(nn.Module):
             self._pulls[1], number, self._rules, shape, own.stride(0), self._pitch, out.stride(0), here, chunk,
             gpu.tile_rows(shape, gpu.PART_TILE), **gpu.OPTIONS,
         )  # fmt: skip
+
+    def _pulls_of(self, side: int, shares: Floats32) -> tuple[Any, ...]:
+        """The kernels' ``pulls`` of users or of items."""
+        form = self.model.form
+        always, once = self._objective.pulls(side, form.dim, form.width, 0).tolist()
+        return (torch.from_numpy(shares).to(self._device), always[0], once[0], always[-1], once[-1])
 
     def _add_up(self, number: int) -> None:
         """The sums of squared errors and of slopes, float64, in a fixed order."""

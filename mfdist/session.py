@@ -5,11 +5,12 @@ Every function with a session is collective: every rank calls.
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ from mfdist.optim import RowOptimizer
 from mfdist.saver import Saver
 from mfdist.train_config import TrainConfig
 from mfdist.validate import Validation
+
+if TYPE_CHECKING:
+    from mfdist.fused_gpu import GpuStep
 
 T = TypeVar("T")
 
@@ -65,7 +69,7 @@ class Session:
     console: Console
     loader: Loader
     model: MF
-    fused: FusedStep | None  # the step by fast kernels, where they are to be had
+    fused: FusedStep | GpuStep | None  # the step by fast kernels, where they are to be had
     replica: nn.Module  # the model under DistributedDataParallel, where it has anything to reduce
     optimizer: RowOptimizer
     objective: Objective
@@ -103,16 +107,15 @@ def build(
         model = MFAdvanced(form, user, item, manifest.global_mean if config.offset == "mean" else None)
     objective = config.objective()
     shares = _shares(dataset, user) if objective.penalised else None
-    fused = None
-    if config.sharding != "replicated" and world.device.type == "cpu":
-        fused = FusedStep(model, optimizer, objective, torch.get_num_threads(), shares)
+    fused = fast_step(config, model, optimizer, objective, shares)
     replica = world.replicate(fused or model)
     ranks = f"{world.size} {'rank' if world.size == 1 else 'ranks'} on {world.device.type}"
     tables = "whole on each rank" if config.sharding == "replicated" else "cut by rows"
+    kernels = "Triton's kernels" if world.device.type == "cuda" else "numba's kernels"
     console.info(
         f"{manifest.name}: {loader.num_rows:,} training ratings, {manifest.num_users:,} users, "
         f"{manifest.num_items:,} items, order {manifest.order}; {config.model}, {loader.num_steps:,} steps of "
-        f"{config.batch_size:,} an epoch, {ranks}, tables {tables}"
+        f"{config.batch_size:,} an epoch, {ranks}, tables {tables}, {kernels if fused else 'torch autograd'}"
     )
     if replica is (fused or model) and world.size > 1:
         console.info("nothing is replicated in this model, so it runs without DistributedDataParallel")
@@ -124,6 +127,22 @@ def build(
         Saver(config.run, world, Retention(config.keep, config.keep_every), may_save),
         time.monotonic(), time.monotonic(),
     )  # fmt: skip
+
+
+def fast_step(
+    config: TrainConfig, model: MF, optimizer: RowOptimizer, objective: Objective, shares: Shares | None
+) -> FusedStep | GpuStep | None:
+    """The step by kernels: numba's on a CPU, Triton's on a GPU; None where tables are whole, where Triton is missing
+    and where its kernels do not have the model."""
+    if config.sharding == "replicated":
+        return None
+    if model.user.world.device.type == "cpu":
+        return FusedStep(model, optimizer, objective, torch.get_num_threads(), shares)
+    if model.form.members or importlib.util.find_spec("triton") is None:
+        return None
+    from mfdist.fused_gpu import GpuStep
+
+    return GpuStep(model, optimizer, objective, shares)
 
 
 def _shares(dataset: Dataset, user: Table) -> Shares:

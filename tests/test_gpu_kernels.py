@@ -21,11 +21,19 @@ if not ON_GPU:
 triton = pytest.importorskip("triton", reason="triton is to be had for Linux on x86-64 only")
 
 
+from datasets import make_dataset  # noqa: E402
+from ranks import run_ranks  # noqa: E402
+
+from mfdist import session as sessions  # noqa: E402
 from mfdist.distributed import World  # noqa: E402
 from mfdist.embedding import Layout, ShardedTable  # noqa: E402
 from mfdist.fused import FusedStep  # noqa: E402
+from mfdist.log import Console  # noqa: E402
 from mfdist.model import MF, Form, MFAdvanced  # noqa: E402
+from mfdist.objective import ITEM, USER, Objective, shares_of  # noqa: E402
 from mfdist.optim import RowOptimizer  # noqa: E402
+from mfdist.train import train  # noqa: E402
+from mfdist.train_config import TrainConfig  # noqa: E402
 
 if not ON_GPU:
     from triton.runtime import interpreter
@@ -40,6 +48,7 @@ if not ON_GPU:
     interpreter._patch_lang_tensor = _patched
 
 USERS, ITEMS = 40, 25
+QUIET = Console(speaks=False)
 
 
 def model_on(device, *, dim, bias, optimizer, sigmoid=True):
@@ -58,35 +67,39 @@ def model_on(device, *, dim, bias, optimizer, sigmoid=True):
     return (MFAdvanced if bias else MF)(form, *tables)
 
 
-def gpu_step(model, optimizer, l2):
+def gpu_step(model, optimizer, objective, shares):
     from mfdist.fused_gpu import GpuStep
 
-    return GpuStep(model, optimizer, l2)
+    return GpuStep(model, optimizer, objective, shares)
 
 
-def cpu_step(model, optimizer, l2):
-    return FusedStep(model, optimizer, l2, 1)
+def cpu_step(model, optimizer, objective, shares):
+    return FusedStep(model, optimizer, objective, 1, shares)
 
 
 class ReferenceStep:
     """torch's autograd and ``kernels.reference``, behind the same interface."""
 
-    def __init__(self, model, optimizer, l2):
-        self.model, self.l2 = model, l2
+    def __init__(self, model, optimizer, objective, shares):
+        self.model, self.objective, self.shares = model, objective, shares
 
     def __call__(self, user, item, rating, global_rows):
-        model, dim = self.model, self.model.form.dim
+        model, form = self.model, self.model.form
         scored = model(user, item)
-        error = scored.prediction - rating
-        rows = torch.cat([scored.user, scored.item])
-        penalty = self.l2[0] * rows[:, :dim].square().sum() + self.l2[1] * rows[:, dim:].square().sum()
-        loss = error.square().sum() / global_rows
+        error = form.rating_of_score(form.score(scored.user, scored.item, model.offset)) - rating
+        penalty = torch.zeros(())
+        for side, index, rows in ((USER, user, scored.user), (ITEM, item, scored.item)):
+            if self.shares:
+                pulls = torch.from_numpy(self.objective.pulls(side, form.dim, form.width, 0))
+                share = torch.from_numpy(self.shares[side])[index.long(), None]
+                penalty = penalty + ((pulls[0] + share * pulls[1]) * rows.square()).sum()
+        loss = error.square().sum()
         model.zero_grad()
-        (loss + penalty / global_rows).backward()
+        ((loss + penalty) * self.objective.weight(global_rows)).backward()
         model.user.apply_gradient()
         model.item.apply_gradient()
         self.squared_error = error.detach().double().square().sum()
-        return loss.detach()
+        return loss.detach() / global_rows
 
     def settle(self):
         self.model.settle()
@@ -106,13 +119,18 @@ GAPS = (0, 1, 2, 11, 20, 120, 320, 1320, 1321)
 """Steps that a case takes: gaps of 1, 8, 9, 100, the horizon and a thousand lie between them."""
 
 
-def run_steps(make, device, *, kind, dim, bias, steps=GAPS, rows=(130, 64, 1), l2=(0.02, 0.03), **values):
+PENALTY = {"l2": (0.02, 0.03), "row_l2": (0.1, 0.2, 0.3, 0.4, 0.0, 0.0)}
+
+
+def run_steps(make, device, *, kind, dim, bias, steps=GAPS, rows=(130, 64, 1), penalty=None, **values):
     """Tables, loss, gradient of the offset and squared errors after ``steps``, as float64 on the CPU."""
     options = {"lr": 0.01, "lr_schedule": "cosine", "weight_decay": 0.1, **values}
     sigmoid = options.pop("sigmoid", True)
     optimizer = RowOptimizer(kind=kind, total_steps=1500, **options)
     model = model_on(device, dim=dim, bias=bias, optimizer=optimizer, sigmoid=sigmoid)
-    step = make(model, optimizer, l2)
+    objective = Objective(**(PENALTY if penalty is None else penalty))
+    counts = (np.arange(rows) % 9 for rows in (USERS, ITEMS))
+    step = make(model, optimizer, objective, tuple(map(shares_of, counts)) if objective.penalised else None)
     generator = torch.Generator().manual_seed(3)
     sums = []
     for turn, now in enumerate(steps):
@@ -141,6 +159,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 TOLERANCE = 1e-5
 """Relative RMS. Rounding of beta2 alone is 1.3e-5 of v over a thousand steps, where the reference rounds otherwise."""
 
+SUM = {"reduction": "sum"}
 FEW = [("adamw", 8, True), ("rowwise_adagrad", 8, True)]
 MANY = [
     *[("adamw", dim, bias) for dim in (1, 8, 32, 100) for bias in (False, True)],
@@ -157,7 +176,10 @@ def test_equals_the_reference(kind, dim, bias):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "dim", "bias"), MANY)
 def test_equals_the_reference_and_the_cpu_kernels(kind, dim, bias):
-    for values in ({}, {"sigmoid": False, "lr_schedule": "constant", "eps": 1e-4, "betas": (0.8, 0.99)}):
+    for values in (
+        {},
+        {"sigmoid": False, "lr_schedule": "constant", "eps": 1e-4, "betas": (0.8, 0.99), "penalty": SUM},
+    ):
         case = {"kind": kind, "dim": dim, "bias": bias, "rows": (300, 33, 8, 1), **values}
         got = run_steps(gpu_step, DEVICE, **case)
         assert_equal_runs(got, run_steps(ReferenceStep, "cpu", **case), TOLERANCE)
@@ -174,6 +196,31 @@ def test_same_steps_twice_give_the_same_bits():
     assert (first[1] == second[1]).all()
     assert torch.equal(bits(first[0].user), bits(second[0].user))
     assert torch.equal(bits(first[0].item), bits(second[0].item))
+
+
+def small_config(data, run, **values):
+    small = {"batch_size": 90, "epochs": 1, "emb_dim": 4, "device": "cpu", "checkpoint_every": "2", "l2": (0.01, 0.02)}
+    return TrainConfig(data=data, run=str(run), **{**small, **values})
+
+
+def train_on_gpu_kernels(world, configs):
+    """Whole runs with the GPU's step, whatever the device; module level for the spawned ranks."""
+    sessions.fast_step = lambda config, model, optimizer, objective, shares: gpu_step(
+        model, optimizer, objective, shares
+    )
+    return [train(config, world, QUIET) for config in configs]
+
+
+@pytest.mark.skipif(ON_GPU, reason="its tables are on the CPU, for the interpreter")
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_a_whole_run_equals_the_cpus(tmp_path, monkeypatch, ranks):
+    data = str(tmp_path / "data")
+    make_dataset(data, rows=250, lanes=4, val_rows=40, users=50, items=20, row_group=32)
+    want = train(small_config(data, tmp_path / "cpu"), World.alone(), QUIET)
+    monkeypatch.setattr(sessions, "fast_step", sessions.fast_step)
+    (got,) = run_ranks(ranks, train_on_gpu_kernels, [small_config(data, tmp_path / "gpu")])[0]
+    assert abs(got["epochs"][0]["train_rmse"] - want["epochs"][0]["train_rmse"]) < 1e-5
+    assert abs(got["final"]["val_rmse"] - want["final"]["val_rmse"]) < 1e-5
 
 
 COMPILE = """

@@ -16,8 +16,8 @@ the most there can be, and programs past the end leave at once. Nothing waits fo
 
 ``SHAPE`` is (factors, bias, stride, kind, tile width, sigmoid, penalty). Factors and bias are apart in the kernels: a
 tile of next_power_of_2(32 + 1) columns would be half empty. ``rules`` is the tuple of :func:`rules_on`. Pointers are to
-packed float32 rows (``table``) and to the same memory as int32 (``lasts``), to the arrays of ``fused_gpu.Sorted``, and to
-rows copied out, PITCH floats apart. ``clock`` (1,) int32: steps taken so far.
+packed float32 rows (``table``), to the same memory as int32 (``lasts``), to the arrays of ``fused_gpu.Sorted``, and
+to rows copied out, PITCH floats apart. ``clock`` (1,) int32: steps taken so far.
 """
 
 from __future__ import annotations
