@@ -12,9 +12,10 @@ sizes more with the tables of the largest, to see the cost of a rating at equal 
 ``synthesize`` and ``prepare`` are the jobs; ``train`` (one epoch of mf_advanced with exact AdamW), ``settle``
 (every row brought to the epoch's end), ``evaluate`` (all validation rows, the second time), ``checkpoint`` and
 ``export`` are the library's calls in one process, each with a memory peak of its own. The epoch's first batch is left
-out: it opens files and loads compiled code. ``bound`` is the peak as a share of the documented bound: 1 GiB and 8 bytes
-an item for synthesize, --memory for prepare, and for the others tables, loader and batch as jobs/plan.py counts them
-and 1 GiB.
+out: it opens files and loads compiled code. Ratings are read from disk (``jobs/train.py`` keeps them in memory, 12
+bytes each, where they fit into a quarter of what is free). ``bound`` is the peak as a share of the documented bound:
+1 GiB and 8 bytes an item for synthesize, --memory for prepare, and for the others tables, loader and batch as
+jobs/plan.py counts them and 1 GiB.
 
 ``wire``: a few steps on 2, 4 and 8 gloo ranks, and every byte that leaves a rank for another one: ids, rows and
 gradients, counted where they are sent. What is found is kept in --folder as it comes: an interrupted run goes on there.
@@ -211,8 +212,9 @@ def open_session(flags: argparse.Namespace, world: World) -> Iterator[Session]:
     config = TrainConfig(data=flags.data, run=flags.run, batch_size=flags.batch_size, epochs=1, keep=1)
     Path(flags.run).mkdir(parents=True, exist_ok=True)
     dataset = Dataset.open(flags.data)
-    with Loader(dataset, batch_size=config.batch_size, seed=config.seed, rank=world.rank, world_size=world.size) as it:
-        session = build(config, dataset, world, Console(False), it)
+    with Loader(dataset, batch_size=config.batch_size, seed=config.seed, rank=world.rank, world_size=world.size,
+                memory_bytes=0) as loader:  # fmt: skip
+        session = build(config, dataset, world, Console(False), loader)
         try:
             restore_or_initialise(session)
             yield session
