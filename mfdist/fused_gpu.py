@@ -1,9 +1,9 @@
 """The training step on a GPU with row-sharded tables: Triton's kernels, the exchange of item rows, the offset by DDP.
 
 The interface is ``fused.FusedStep``'s: one forward does the whole step but for the offset. In one process no step
-waits for the device, and a step of a batch size seen before is one CUDA graph: its 30 kernels are queued at once, where
-Python would take longer than they do. With several ranks the exchange needs to know how many rows go where, so the
-host waits for the counts.
+waits for the device, and a step as large as the one before it is one CUDA graph: its 30 kernels are queued at once,
+where Python would take longer than they do. With several ranks the exchange needs to know how many rows go where, so
+the host waits for the counts.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ class GpuStep(nn.Module):
         self._no_offset = torch.zeros(1, device=self._device)
         self._local = [LocalNumbers(table.layout, table.world.rank, self._device) for table in (self._user, self._item)]
         self._graphs: dict[tuple[int, int], Any] = {}
+        self._last_size = (-1, -1)
         self._uses_graphs = graphs and self._device.type == "cuda" and self._item.world.size == 1
         self._capacity = -1
         self._reserve(0)
@@ -152,17 +153,17 @@ class GpuStep(nn.Module):
         return (self.squared_error / global_rows).float(), self._sums[1:].float()
 
     def _at_home(self, number: int, global_rows: int) -> None:
-        """All rows are here: one queue of kernels, from a graph where this size has been here before."""
-        key = number, global_rows
-        if not self._uses_graphs or key not in self._graphs:
-            self._graphs[key] = None
-            self._queue_step(number, 2 * self._objective.weight(global_rows))
-        else:
-            if self._graphs[key] is None:
-                self._graphs[key] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graphs[key], capture_error_mode="thread_local"):
-                    self._queue_step(number, 2 * self._objective.weight(global_rows))
+        """All rows are here: one queue of kernels, as a graph from the second batch of one size in a row."""
+        key, scale = (number, global_rows), 2 * self._objective.weight(global_rows)
+        if self._uses_graphs and key == self._last_size and key not in self._graphs:
+            self._graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graphs[key], capture_error_mode="thread_local"):
+                self._queue_step(number, scale)  # recorded, not run
+        self._last_size = key
+        if key in self._graphs:
             self._graphs[key].replay()
+        else:
+            self._queue_step(number, scale)
 
     def _queue_step(self, number: int, scale: float) -> None:
         """The kernels of a step on the first ``number`` rows of the batch's buffers."""
