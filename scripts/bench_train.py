@@ -211,7 +211,12 @@ def ours(dataset: Dataset, kind: str, batches: Sequence[Batch], flags: Any) -> f
         table = ShardedTable(layout, FORM.width, optimizer, world, at_home=number == USER_TABLE)
         table.initialise(partial(FORM.initial, 42, number))
         tables.append(table)
-    step = FusedStep(MFAdvanced(FORM, *tables), optimizer, Objective(), flags.threads)
+    model, step = MFAdvanced(FORM, *tables), None
+    if flags.device == "cuda":
+        from mfdist.fused_gpu import GpuStep
+
+        step = GpuStep(model, optimizer, Objective())
+    step = step or FusedStep(model, optimizer, Objective(), flags.threads)
     try:
         for _warm_up_then_timed in range(2):
             began = time.perf_counter()
