@@ -108,6 +108,7 @@ class System:
     bytes_per_rating: float = 0.0
     rates: list[float] = field(default_factory=list)
     absent: str = ""
+    python: Path | None = None  # of a peer's own environment
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -287,7 +288,7 @@ def torch_loop(dataset: Dataset, batches: Sequence[Batch], dense: bool, device: 
 def peer(name: str, algorithm: str, size: int, packages: list[str], code: str, arguments: list[Any]) -> System:
     """A system that runs in an environment of its own, made on first use; absent where it cannot be installed."""
     system = System(name, algorithm, False, size, lambda: 0.0)
-    python = ROOT / ".peers" / name.split(maxsplit=1)[0].lower() / "bin/python"
+    python = system.python = ROOT / ".peers" / name.split(maxsplit=1)[0].lower() / "bin/python"
     try:
         if not (python.parent / "complete").exists():
             subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True, capture_output=True)
