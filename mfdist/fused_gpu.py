@@ -227,7 +227,7 @@ class GpuStep(nn.Module):
         gpu.long_rows[blocks](
             *_flat(self._user), users.rows, users.number, users.starts, self._before, self._parts, self._parts,
             self._clock, scale, self._pulls[0], number, self._rules, shape, self._pitch, self._pitch, self._pitch, True,
-            chunk, gpu.tile_rows(shape, gpu.PART_TILE), **gpu.OPTIONS,
+            chunk, gpu.tile_rows(shape, gpu.PART_TILE, 64), **gpu.OPTIONS,
         )  # fmt: skip
 
     def _item_pass(self, number: int, scale: float, own: torch.Tensor, gradient: torch.Tensor | None) -> None:
@@ -248,7 +248,7 @@ class GpuStep(nn.Module):
         gpu.long_rows[blocks](
             *_flat(self._item), items.rows, items.number, items.starts, own, self._parts, out, self._clock, scale,
             self._pulls[1], number, self._rules, shape, own.stride(0), self._pitch, out.stride(0), here, chunk,
-            gpu.tile_rows(shape, gpu.PART_TILE), **gpu.OPTIONS,
+            gpu.tile_rows(shape, gpu.PART_TILE, 64), **gpu.OPTIONS,
         )  # fmt: skip
 
     def _pulls_of(self, side: int, shares: Floats32) -> tuple[Any, ...]:

@@ -262,8 +262,8 @@ def compiled(name, shape, target):
     kernel = getattr(gpu, name)
     rows = gpu.tile_rows(shape)
     constants = {"SHAPE": shape, "PITCH": 40, "OWN_PITCH": 40, "ITEM_PITCH": 40, "OTHER_PITCH": 40, "OUT_PITCH": 40,
-                 "LONG": gpu.CHUNK, "C": gpu.CHUNK, "R": rows, "T": gpu.tile_rows(shape, gpu.PART_TILE), "SCORE": True,
-                 "UPDATE": True, "B": gpu.SORT_BLOCK}
+                 "LONG": gpu.CHUNK, "C": gpu.CHUNK, "R": rows, "SCORE": True,
+                 "T": gpu.tile_rows(shape, gpu.PART_TILE, 64), "UPDATE": True, "B": gpu.SORT_BLOCK}
     signature, constexprs, attributes = {}, {}, {}
     for place, argument in enumerate(kernel.arg_names):
         if argument in constants:

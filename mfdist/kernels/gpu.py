@@ -556,7 +556,8 @@ def long_rows(
     one = tl.arange(0, 1)
     always = one == 0
     g, gb = load_row(parts, (2 * block.to(tl.int64) + (first > block * C)) * PITCH + one, always, SHAPE)
-    sums = tl.zeros((T, SHAPE[4]), tl.float32)
+    D: tl.constexpr = SHAPE[4]
+    sums = tl.zeros((T, D), tl.float32)
     sums_b = tl.zeros((T,), tl.float32)
     blocks = (end - 1) // C - block
     for turn in range((blocks + T - 1) // T):
@@ -637,6 +638,6 @@ def rules_on(
     return (*tables, horizon, plain_below, eps, 1 - betas[0], 1 - betas[1])
 
 
-def tile_rows(shape: tuple[int, ...], values: int = TILE) -> int:
-    """Rows of a tile of about so many values."""
-    return max(4, min(64, values // shape[4]))
+def tile_rows(shape: tuple[int, ...], values: int = TILE, most: int = 16) -> int:
+    """Rows of a tile of about so many values. Triton 3.6 fails to compile :func:`row_pass` with 32 rows and a bias."""
+    return max(4, min(most, values // shape[4]))
