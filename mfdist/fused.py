@@ -186,9 +186,9 @@ class FusedStep(nn.Module):
         low, high = form.sigmoid_range or (0.0, 0.0)
         offset = float(self.model.offset.detach()) if self.model.offset is not None else 0.0
         return np.array(
-            [1 - rate * optimizer.weight_decay, rate / (1 - beta1**step), (1 - beta2**step) ** -0.5, beta1, beta2,
+            [1 - rate * optimizer.weight_decay, rate / (1 - beta1**step), (1 - beta2**step) ** -0.5, 1 - beta1, beta2,
              optimizer.eps, rate, scale, low, high - low,
-             form.sigmoid_range is not None, offset], np.float32,
+             form.sigmoid_range is not None, offset, 1 - beta2], np.float32,
         )  # fmt: skip
 
     def _reserve(self, ratings: int) -> None:

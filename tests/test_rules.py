@@ -90,3 +90,11 @@ def test_gauss_rules_integrate_polynomials_exactly():
     nodes, weights = gauss_rules(x, a, 5)
     for power in range(10):
         np.testing.assert_allclose((weights * nodes**power).sum(1), (a * x**power).sum(1), rtol=1e-10)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_schedule_that_has_ended_leaves_nothing_to_catch_up(schedule):
+    """At the last step no weight is left in the rule: as a fraction it must be 0 / 1 for every r in [0, 1]."""
+    optimizer = RowOptimizer(kind="adamw", lr=0.01, total_steps=200, lr_schedule=schedule)
+    ratio = optimizer.rules.ratios()[-1]
+    assert (ratio[1:] == 0).all() and ratio[0] > 0

@@ -91,9 +91,11 @@ def group(ids: Any, order: Any, scratch: Any, rows: Any, starts: Any, slot: Any)
 # Kernels: ``shape`` is what describes a row, see :func:`shape_of` --------------------------
 # Slices, not sums of indices, and numpy's error model: LLVM makes vector instructions of the loops only so.
 
-STEP_FIELDS = ("decay", "rate1", "root2", "beta1", "beta2", "eps", "rate", "scale", "low", "span", "sigmoid", "offset")
+STEP_FIELDS = ("decay", "rate1", "root2", "rest1", "beta2", "eps", "rate", "scale", "low", "span", "sigmoid", "offset",
+               "rest2")  # fmt: skip
 """The float32 ``numbers`` of one step. rate1: lr / (1 - b1^t); root2: 1 / sqrt(1 - b2^t); scale: twice the weight of a
-rating's squared error in the loss."""
+rating's squared error in the loss; rest1, rest2: 1 - beta1, 1 - beta2, rounded after the subtraction (float32 0.999
+taken from 1 would be off by 1.3e-5)."""
 
 
 def shape_of(dim: int, bias: bool, members: int, kind: int) -> tuple[int, int, int, int, int, int, int]:
@@ -246,16 +248,15 @@ def sum_terms(width: Any, v: Any, gap: Any, last: Any, now: Any, rules: Any, rat
 def move(shape: Any, row: Any, grad: Any, numbers: Any) -> None:
     """One optimizer step of a packed ``row``."""
     width, kind = shape[1], shape[3]
-    one = np.float32(1)
-    decay, rate1, root2, beta1, beta2 = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
-    eps, rate = numbers[5], numbers[6]
+    decay, rate1, root2, rest1, beta2 = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    eps, rate, rest2 = numbers[5], numbers[6], numbers[12]
     w = row[:width]
     if kind <= SPARSE_ADAM:
         m, v = row[width : 2 * width], row[2 * width : 3 * width]
         for d in range(width):
             g = grad[d]
-            m1 = m[d] + (one - beta1) * (g - m[d])
-            v1 = v[d] * beta2 + (one - beta2) * g * g
+            m1 = m[d] + rest1 * (g - m[d])
+            v1 = v[d] * beta2 + rest2 * g * g
             m[d] = m1
             v[d] = v1
             w[d] = w[d] * decay - rate1 * m1 / (np.sqrt(v1) * root2 + eps)

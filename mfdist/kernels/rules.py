@@ -71,7 +71,7 @@ class AdamRules:
         if len(x):
             total = a.sum(axis=1)
             centre = np.where(total > 0, (a * x).sum(axis=1) / np.where(total > 0, total, 1.0), 1.0)
-            z = x / centre[:, None] - 1
+            z = np.where(total[:, None] > 0, x / centre[:, None] - 1, 0.0)  # nothing left: 0 / 1, not 0 / (1 - r)
             top = sum(a[:, k : k + 1] * _product(np.delete(z, k, axis=1)) for k in range(LATER_NODES))
             found[self.plain_below :] = np.concatenate([centre[:, None], top, _product(z)[:, 1:]], axis=1)
         return found.astype(np.float32)
