@@ -190,7 +190,7 @@ def test_a_step_is_measured_and_its_exit_code_passed_on(tmp_path: Path) -> None:
 
     assert run_step(step("mf", "x = b'1' * 300_000_000; raise SystemExit(75)"), tmp_path) == 75
     first = measurements(tmp_path)["mf"]
-    assert 300e6 < first["peak_rss_bytes"] < 600e6 and first["seconds"] > 0
+    assert first["peak_rss_bytes"] > 300e6 and first["seconds"] > 0  # a child's peak begins with its parent's
     assert run_step(step("mf", "import time; time.sleep(0.3)"), tmp_path) == 0  # goes on: its seconds are added
     both = measurements(tmp_path)["mf"]
     assert both["seconds"] > first["seconds"] + 0.3 and both["peak_rss_bytes"] == first["peak_rss_bytes"]
