@@ -78,7 +78,7 @@ class TrainConfig:
         choices=("auto", "row", "replicated"),
     )
     wire_dtype: str = flag("fp32", "number format of item rows and gradients between ranks", choices=("fp32", "bf16"))
-    checkpoint_every: str = flag("epoch", "'epoch', steps (500) or minutes (10m)", parse=parse_cadence)
+    checkpoint_every: str = flag("5m", "'epoch', steps (500) or minutes (10m)", parse=parse_cadence)
     resume: str = flag("auto", "auto, never, or the path of a checkpoint")
     overwrite: bool = flag(False, "remove what the run directory holds and begin anew")
     init_from: str | None = flag(None, "a finished run whose model this one begins with")
