@@ -306,7 +306,10 @@ def moved_on(
         w += w * shift - rate1 * m / (tl.sqrt(v) * root2 + eps)
         wb += wb * shift - rate1 * mb / (tl.sqrt(vb) * root2 + eps)
     elif SHAPE[3] == ADAGRAD:
-        mb += (tl.sum(g * g, axis=1) + gb * gb) / (SHAPE[0] + SHAPE[1])
+        squares = tl.sum(g * g, axis=1)
+        if SHAPE[1]:
+            squares += gb * gb
+        mb += squares / (SHAPE[0] + SHAPE[1])
         steps = rate / (tl.sqrt(mb) + eps)
         w += w * shift - steps[:, None] * g
         wb += wb * shift - steps * gb
