@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-NODES = 8
+NODES = 10
 """Nodes of a rule: relative error of S below 1e-6 from the first step on, for any v (see tests/test_rules.py)."""
 LATER_NODES = 4
 """Once the measure is so narrow that four nodes do, the rule becomes one fraction (:meth:`AdamRules.ratios`)."""
