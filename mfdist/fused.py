@@ -18,7 +18,7 @@ from torch import nn
 
 from mfdist.embedding import ShardedTable
 from mfdist.kernels import cpu
-from mfdist.kernels.machine import Workers
+from mfdist.kernels.machine import Workers, constants
 from mfdist.model import MF
 from mfdist.objective import ITEM, USER, Objective
 from mfdist.optim import RowOptimizer
@@ -30,6 +30,9 @@ _Arrays = tuple[Ints32, Ints32, Floats32]
 PARALLEL_ROWS = 2048
 """Smaller batches are not worth a second thread."""
 SETTLE_ROWS = 4096
+OWN_KERNELS_RATINGS = 1_000_000
+"""From so many ratings an epoch on, a fifth less time a step is worth compiling for half a minute, once a machine. The
+results are the same bits."""
 
 
 class Grouped:
@@ -54,9 +57,12 @@ class FusedStep(nn.Module):
 
     def __init__(
         self, model: MF, optimizer: RowOptimizer, objective: Objective, threads: int,
-        shares: tuple[Floats32, Floats32] | None = None,
+        shares: tuple[Floats32, Floats32] | None = None, ratings: int = 0,
     ) -> None:  # fmt: skip
-        """``shares``: with a penalty, ``objective.shares_of`` this rank's user rows, and of all items."""
+        """``shares``: with a penalty, ``objective.shares_of`` this rank's user rows, and of all items.
+
+        ``ratings``: of an epoch; kernels are compiled for this very shape of a row where they have that much to do.
+        """
         super().__init__()
         assert isinstance(model.user, ShardedTable) and isinstance(model.item, ShardedTable)
         self.model, self._user, self._item = model, model.user, model.item
@@ -64,6 +70,7 @@ class FusedStep(nn.Module):
         form = model.form
         self._shape = cpu.shape_of(form.dim, form.bias, form.members, cpu.KINDS[optimizer.kind])
         nothing = np.empty((2, 0), np.float32)
+        self._sizes = constants(self._shape) if ratings >= OWN_KERNELS_RATINGS else self._shape
         self._shares = shares or (nothing[0], nothing[0])
         assert bool(shares) == objective.penalised
         self._user_pulls, self._item_pulls = (
@@ -107,7 +114,7 @@ class FusedStep(nn.Module):
                 out = np.empty((SETTLE_ROWS, self.model.form.width), np.float32)
                 for first in range(low, high, SETTLE_ROWS):
                     part = rows[first : min(first + SETTLE_ROWS, high)]
-                    cpu.gather(self._shape, flat, lasts, part, 0, len(part), out, now, self._rules, numbers)
+                    cpu.gather(self._sizes, flat, lasts, part, 0, len(part), out, now, self._rules, numbers)
 
             self._workers.ranges(len(rows), settle)
 
@@ -133,7 +140,7 @@ class FusedStep(nn.Module):
         """All rows are here: every thread goes through the whole step."""
         self._gate[0] = 0
         arguments = (
-            workers.threads, self._gate, self._shape, *batch, self._by_user.arrays, self._by_item.arrays, self._counts,
+            workers.threads, self._gate, self._sizes, *batch, self._by_user.arrays, self._by_item.arrays, self._counts,
             *_flat(self._user), *_flat(self._item), self._own, self._before, self._slope, self._error,
             self._user_pulls, self._item_pulls, *self._shares, self._user.step, self._rules, numbers,
         )  # fmt: skip
@@ -201,8 +208,8 @@ class FusedStep(nn.Module):
         self._capacity = ratings + ratings // 8
         self._by_user.reserve(self._capacity)
         self._by_item.reserve(self._capacity)
-        shape = self._capacity, self.model.form.width
-        self._own, self._before, self._gradient = (np.empty(shape, np.float32) for _ in range(3))
+        rows, width = self._capacity, self.model.form.width
+        self._own, self._before, self._gradient = (cpu.row_buffer(rows, width) for _ in range(3))
         self._errors = np.empty(self._capacity, np.float32)
         self._slopes = np.empty(self._capacity * self._shape[4], np.float32)
 

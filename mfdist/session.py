@@ -107,7 +107,7 @@ def build(
         model = MFAdvanced(form, user, item, manifest.global_mean if config.offset == "mean" else None)
     objective = config.objective()
     shares = _shares(dataset, user) if objective.penalised else None
-    fused = fast_step(config, model, optimizer, objective, shares)
+    fused = fast_step(config, model, optimizer, objective, shares, loader.num_rows)
     replica = world.replicate(fused or model)
     ranks = f"{world.size} {'rank' if world.size == 1 else 'ranks'} on {world.device.type}"
     tables = "whole on each rank" if config.sharding == "replicated" else "cut by rows"
@@ -130,14 +130,14 @@ def build(
 
 
 def fast_step(
-    config: TrainConfig, model: MF, optimizer: RowOptimizer, objective: Objective, shares: Shares | None
+    config: TrainConfig, model: MF, optimizer: RowOptimizer, objective: Objective, shares: Shares | None, ratings: int
 ) -> FusedStep | GpuStep | None:
     """The step by kernels: numba's on a CPU, Triton's on a GPU; None where tables are whole, where Triton is missing
-    and where its kernels do not have the model."""
+    and where its kernels do not have the model. ``ratings``: of an epoch, over all ranks."""
     if config.sharding == "replicated":
         return None
     if model.user.world.device.type == "cpu":
-        return FusedStep(model, optimizer, objective, torch.get_num_threads(), shares)
+        return FusedStep(model, optimizer, objective, torch.get_num_threads(), shares, ratings)
     if model.form.members or importlib.util.find_spec("triton") is None:
         return None
     from mfdist.fused_gpu import GpuStep

@@ -8,7 +8,7 @@ from typing import Any
 
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 
 def _prefetch(write: int) -> Any:
@@ -70,6 +70,24 @@ def _arrived(typingctx: Any, gate: Any) -> Any:
         return builder.load_atomic(pointer, "acquire", 8)
 
     return types.int64(gate), generate
+
+
+def constants(numbers: tuple[int, ...]) -> tuple[tuple[None, ...], ...]:
+    """Numbers of at least -1 written as lengths of tuples: part of an argument's type, so constants to the compiler."""
+    return tuple((None,) * (number + 1) for number in numbers)
+
+
+def numbers_of(written: Any) -> Any:
+    """In a kernel: the numbers of :func:`constants`, or of a tuple of integers as it is."""
+    raise NotImplementedError("only compiled code calls this")
+
+
+@overload(numbers_of, inline="always", strict=False)
+def _numbers_of(written: Any) -> Any:
+    if all(isinstance(each, types.Integer) for each in written):
+        return lambda written: written
+    a, b, c, d, e, f, g = (len(each) - 1 for each in written)
+    return lambda written: (a, b, c, d, e, f, g)
 
 
 _yield_processor: Any = types.ExternalFunction("sched_yield", types.int32())
