@@ -25,8 +25,8 @@ LAYERS = (
     "/ compact / prepare",
     "model builtin",
     "floors ranking train_config run_directory housekeeping report fused / fused_gpu evaluate recommend validate "
-    "plan / baseline_run",
-    "session api / finish / train",
+    "/ baseline_run",
+    "session api / finish / train / calibration / plan",
 )
 
 
