@@ -24,7 +24,7 @@ from mfdist.distributed import World
 from mfdist.embedding import ReplicatedTable, Rows, ShardedTable, Table, item_layout, user_layout
 from mfdist.errors import DataError, MfdistError, UsageError
 from mfdist.fused import FusedStep
-from mfdist.loader import Loader
+from mfdist.loader import Loader, available_bytes
 from mfdist.log import Console, MetricsLog
 from mfdist.model import ITEM_TABLE, MF, USER_TABLE, MFAdvanced
 from mfdist.objective import Floats32, Objective, shares_of
@@ -323,6 +323,16 @@ def save(session: Session) -> None:
 def look_after_save(session: Session, busy: float, failed: float) -> None:
     """Go on with the checkpoint in flight, given the maximum of the ranks' ``saver.flags()``."""
     _record(session, session.saver.advance(busy, failed))
+    if session.saver.unprepared and _is_near(session):
+        tensors = checkpoint_tensors(session, every_part=False)
+        if sum(tensor.nbytes for tensor in tensors.values()) < available_bytes() // 4:
+            session.saver.prepare(tensors)
+
+
+def _is_near(session: Session) -> bool:
+    """Whether half of the way to the next checkpoint is gone: a short run never makes pages for one."""
+    cadence = session.config.checkpoint_every
+    return not cadence.endswith("m") or time.monotonic() - session.saved_at > 30 * int(cadence[:-1])
 
 
 def wait_for_save(session: Session) -> None:
