@@ -297,6 +297,7 @@ def format_plans(plans: Sequence[Plan], config: PlanConfig) -> str:
         ("steps an epoch", [f"{p.steps_per_epoch:,}" for p in plans]),
         ("memory of a rank", [_bytes(p.memory_bytes) for p in plans]),
         ("  tables and optimizer", [_bytes(p.table_bytes) for p in plans]),
+        ("  a checkpoint, written from them", [_bytes(0) for _ in plans]),
         ("  loader", [_bytes(p.loader_bytes) for p in plans]),
         ("  a step's rows", [_bytes(p.step_bytes) for p in plans]),
         ("  report", [_bytes(p.end_bytes) for p in plans]),
