@@ -208,6 +208,7 @@ def _try(config: TrainConfig, trial: Trial, world: World, loaded: float) -> Meas
             restore_or_initialise(session)
             start = loaded + time.monotonic() - began
             reading = _read(loader, trial.seconds)
+            _settle(session)  # on a machine that never ran it, this compiles
             if config.epochs > 1:
                 _age(session)
             steps, spent = _steps(session, trial.seconds)
