@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from mfdist.embedding import ShardedTable
+from mfdist.exchange import open_exchange
 from mfdist.kernels import cpu
 from mfdist.kernels.machine import Workers, constants
 from mfdist.model import MF
@@ -43,6 +44,7 @@ class Grouped:
 
     def reserve(self, ratings: int) -> None:
         """Make room for a batch of so many ratings."""
+        self.room = ratings
         self.order, self.scratch, self.rows, self.slot = (np.empty(ratings + 1, np.int32) for _ in range(4))
         self.starts = np.empty(ratings + 2, np.int32)
 
@@ -79,10 +81,11 @@ class FusedStep(nn.Module):
         self._rules = cpu.rule_arrays(optimizer.rules)
         self._workers = Workers(threads)
         self._alone = Workers(1)
-        self._gate, self._counts = np.zeros(1, np.int64), np.zeros(2, np.int64)
-        self._by_user, self._by_item = Grouped(), Grouped()
+        self._gate, self._counts = np.zeros(1, np.int64), np.zeros(5, np.int64)
+        self._by_user, self._by_item, self._by_owner = Grouped(), Grouped(), Grouped()
+        self._exchange = open_exchange(self._item) if self._item.world.size > 1 else None
         self._capacity = 0
-        self._own, self._before, self._mine, self._gradient = (np.empty((0, form.width), np.float32) for _ in range(4))
+        self._own, self._before = (np.empty((0, form.width), np.float32) for _ in range(2))
         self._slopes, self._errors = np.empty(0, np.float32), np.empty(0, np.float32)
         self._slope, self._error = self._slopes, self._errors  # of this batch's ratings
         self.squared_error = torch.zeros((), dtype=torch.float64)  # of this rank's rows in the last step
@@ -97,6 +100,11 @@ class FusedStep(nn.Module):
             return loss
         loss_of: torch.Tensor = _Fused.apply(offset, self, user, item, rating, global_rows)  # type: ignore[no-untyped-call]
         return loss_of
+
+    @property
+    def transport(self) -> str:
+        """What item rows go through."""
+        return self._exchange.name if self._exchange else "nothing"
 
     def close(self) -> None:
         """End the kernels' threads."""
@@ -148,42 +156,21 @@ class FusedStep(nn.Module):
 
     def _step_with_others(self, workers: Workers, batch: _Arrays, numbers: Floats32) -> None:
         """Item rows come from their owners, and their gradients go back; collective."""
-        user, item, rating = batch
-        users, items, shape, rules, now = self._by_user, self._by_item, self._shape, self._rules, self._user.step
-        num_users, num_items = cpu.group(user, *users.arrays), cpu.group(item, *items.arrays)
-        exchange = self._item.exchange(torch.from_numpy(items.rows[:num_items].astype(np.int64)))
-        mine = exchange.mine.int().numpy()
-        if len(self._mine) < len(mine):
-            self._mine = np.empty((len(mine) + len(mine) // 8, shape[1]), np.float32)
-        table, lasts = _flat(self._item)
-        workers.ranges(
-            len(mine),
-            lambda low, high: cpu.gather(shape, table, lasts, mine, low, high, self._mine, now, rules, numbers),
-        )
-        own = exchange.fetch(torch.from_numpy(self._mine[: len(mine)])).numpy()
-        user_table, user_lasts = _flat(self._user)
-
-        def user_pass(thread: int) -> None:
-            low, high = (cpu.cut(users.starts, num_users, thread + k, workers.threads) for k in (0, 1))
-            cpu.user_pass(
-                shape, user_table, user_lasts, users.rows, users.starts, users.order, low, high, items.slot, own,
-                rating, self._before, self._slope, self._error, self._user_pulls, self._shares[USER], now, rules,
-                numbers,
+        exchange, stage = self._exchange, cpu.ASK
+        assert exchange is not None
+        while stage != cpu.DONE:
+            if exchange.room > self._by_owner.room:
+                self._by_owner.reserve(exchange.room)
+            self._gate[0] = 0
+            arguments = (
+                workers.threads, self._gate, stage, self._sizes, *batch, self._by_user.arrays, self._by_item.arrays,
+                self._by_owner.arrays, self._counts, *_flat(self._user), *_flat(self._item), self._before, self._slope,
+                self._error, self._user_pulls, self._item_pulls, *self._shares, self._user.step, self._rules, numbers,
+                *exchange.arrays,
             )  # fmt: skip
-
-        def gradient(thread: int) -> None:
-            low, high = (cpu.cut(items.starts, num_items, thread + k, workers.threads) for k in (0, 1))
-            cpu.gradient(
-                shape, items.rows, items.starts, items.order, low, high, users.slot, own, self._before, self._slope,
-                self._item_pulls, self._shares[ITEM], numbers, self._gradient,
-            )  # fmt: skip
-
-        workers.all(user_pass)
-        workers.all(gradient)
-        total = exchange.give_back(torch.from_numpy(self._gradient[:num_items])).numpy()
-        workers.ranges(
-            len(mine), lambda low, high: cpu.update(shape, table, lasts, mine, low, high, total, now, numbers)
-        )
+            workers.all(lambda thread, arguments=arguments: cpu.step_of_ranks(thread, *arguments))  # type: ignore[misc]
+            items = self._by_item.rows[: self._counts[cpu.ITEMS]]
+            stage = exchange.bring(int(self._counts[cpu.STAGE]), items, self._counts)
 
     def _numbers(self, step: int, global_rows: int) -> Floats32:
         """``kernels.cpu.STEP_FIELDS`` of a step."""
@@ -209,7 +196,7 @@ class FusedStep(nn.Module):
         self._by_user.reserve(self._capacity)
         self._by_item.reserve(self._capacity)
         rows, width = self._capacity, self.model.form.width
-        self._own, self._before, self._gradient = (cpu.row_buffer(rows, width) for _ in range(3))
+        self._own, self._before = (cpu.row_buffer(rows, width) for _ in range(2))
         self._errors = np.empty(self._capacity, np.float32)
         self._slopes = np.empty(self._capacity * self._shape[4], np.float32)
 

@@ -33,7 +33,7 @@ from mfdist.loader import available_bytes, id_dtype, ranks_here
 from mfdist.schedule import lanes_of_rank
 from mfdist.train_config import TrainConfig
 
-ID_BYTES = 8  # of a row number on the wire
+ID_BYTES = 4  # of a row number on the wire
 COLLECTIVES = 5
 """Calls that a step of several ranks waits for: how many ids go where, the ids, their rows, gradients, the offset's."""
 PROCESS_BYTES = 400 << 20

@@ -117,6 +117,8 @@ def build(
         f"{manifest.num_items:,} items, order {manifest.order}; {config.model}, {loader.num_steps:,} steps of "
         f"{config.batch_size:,} an epoch, {ranks}, tables {tables}, {kernels if fused else 'torch autograd'}"
     )
+    if world.size > 1 and isinstance(fused, FusedStep):
+        console.info(f"item rows go between the ranks through {fused.transport}")
     if replica is (fused or model) and world.size > 1:
         console.info("nothing is replicated in this model, so it runs without DistributedDataParallel")
     assert config.run is not None

@@ -93,7 +93,7 @@ def wire_of_a_step(world: World, path: str, batch_size: int) -> float:
             table(batch.item).sum().backward()
             first, end = layout.ranges_of(world.rank)[0][0], layout.ranges_of(world.rank)[-1][1]
             asked = torch.unique(batch.item)
-            ids += 8 * int(((asked < first) | (asked >= end)).sum())
+            ids += 4 * int(((asked < first) | (asked >= end)).sum())
             table.apply_gradient()
         return (table.wire_bytes + ids) / (loader.num_rows // batch_size)
 

@@ -98,8 +98,14 @@ SPINS = 2000
 prefetch: Any = _prefetch(1)
 prefetch_read: Any = _prefetch(0)
 bare: Any = _bare
-arrive: Any = _arrive
 arrived: Any = _arrived
+_add_one: Any = _arrive
+
+
+@njit(nogil=True, cache=True)
+def arrive(gate: Any) -> None:
+    """Add one to ``gate[0]`` (int64); what was written before is seen by whoever sees that."""
+    _add_one(gate)
 
 
 @njit(nogil=True, cache=True)
@@ -111,6 +117,25 @@ def wait_for_all(gate: Any, aim: Any) -> None:
         spins += 1
         if spins > SPINS:
             _yield_processor()
+
+
+LOOKS = 3000
+"""Looks at other ranks' signals, the processor offered to somebody else after each: about a millisecond."""
+
+
+@njit(nogil=True, cache=True)
+def arrived_at(lines: Any, aim: Any) -> bool:
+    """Whether ``lines[r, 0]`` (int64) of every rank r comes to ``aim``; gives up after about a millisecond."""
+    spins = 0
+    for rank in range(lines.shape[0]):
+        line = lines[rank]
+        while arrived(line) < aim:
+            spins += 1
+            if spins > SPINS + LOOKS:
+                return False
+            if spins > SPINS:
+                _yield_processor()
+    return True
 
 
 class Workers:
