@@ -9,6 +9,7 @@ No torch operation touches a batch here: torch's threads wait actively after eac
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,15 @@ class Grouped:
         return self.order, self.scratch, self.rows, self.starts, self.slot
 
 
+@dataclass
+class _Last:
+    """What the last step left; not an attribute of the module, which looks three times at whatever it is given."""
+
+    slope: Floats32
+    error: Floats32
+    squared_error: torch.Tensor
+
+
 class FusedStep(nn.Module):
     """The step of one model; ``forward`` is collective where the item table is sharded over several ranks."""
 
@@ -87,8 +97,8 @@ class FusedStep(nn.Module):
         self._capacity = 0
         self._own, self._before = (np.empty((0, form.width), np.float32) for _ in range(2))
         self._slopes, self._errors = np.empty(0, np.float32), np.empty(0, np.float32)
-        self._slope, self._error = self._slopes, self._errors  # of this batch's ratings
-        self.squared_error = torch.zeros((), dtype=torch.float64)  # of this rank's rows in the last step
+        self._last = _Last(self._slopes, self._errors, torch.zeros((), dtype=torch.float64))
+        self._tables = _flat(self._user), _flat(self._item)
 
     def forward(self, user: torch.Tensor, item: torch.Tensor, rating: torch.Tensor, global_rows: int) -> torch.Tensor:
         """Take one step on this rank's rows; returns their share of the loss (without the penalty)."""
@@ -102,6 +112,11 @@ class FusedStep(nn.Module):
         return loss_of
 
     @property
+    def squared_error(self) -> torch.Tensor:
+        """Of this rank's rows in the last step, float64."""
+        return self._last.squared_error
+
+    @property
     def transport(self) -> str:
         """What item rows go through."""
         return self._exchange.name if self._exchange else "nothing"
@@ -112,8 +127,7 @@ class FusedStep(nn.Module):
 
     def settle(self) -> None:
         """Bring every row of both tables to the present, in place."""
-        for table in (self._user, self._item):
-            flat, lasts = _flat(table)
+        for table, (flat, lasts) in zip((self._user, self._item), self._tables, strict=True):
             numbers = self._numbers(table.step + 1, 1)
             rows = np.arange(len(table.rows.last), dtype=np.int32)
 
@@ -140,8 +154,8 @@ class FusedStep(nn.Module):
         else:
             self._step_with_others(workers, batch, numbers)
         self._user.step = self._item.step = self._user.step + 1
-        squares, slopes = cpu.sums(self._error, self._slope)
-        self.squared_error = torch.tensor(squares, dtype=torch.float64)
+        squares, slopes = cpu.sums(self._last.error, self._last.slope)
+        self._last.squared_error = torch.tensor(squares, dtype=torch.float64)
         return torch.tensor(squares / global_rows), torch.tensor([slopes], dtype=torch.float32)
 
     def _step_at_home(self, workers: Workers, batch: _Arrays, numbers: Floats32) -> None:
@@ -149,7 +163,7 @@ class FusedStep(nn.Module):
         self._gate[0] = 0
         arguments = (
             workers.threads, self._gate, self._sizes, *batch, self._by_user.arrays, self._by_item.arrays, self._counts,
-            *_flat(self._user), *_flat(self._item), self._own, self._before, self._slope, self._error,
+            *self._tables[USER], *self._tables[ITEM], self._own, self._before, self._last.slope, self._last.error,
             self._user_pulls, self._item_pulls, *self._shares, self._user.step, self._rules, numbers,
         )  # fmt: skip
         workers.all(lambda thread: cpu.whole_step(thread, *arguments))
@@ -164,9 +178,9 @@ class FusedStep(nn.Module):
             self._gate[0] = 0
             arguments = (
                 workers.threads, self._gate, stage, self._sizes, *batch, self._by_user.arrays, self._by_item.arrays,
-                self._by_owner.arrays, self._counts, *_flat(self._user), *_flat(self._item), self._before, self._slope,
-                self._error, self._user_pulls, self._item_pulls, *self._shares, self._user.step, self._rules, numbers,
-                *exchange.arrays,
+                self._by_owner.arrays, self._counts, *self._tables[USER], *self._tables[ITEM], self._before,
+                self._last.slope, self._last.error, self._user_pulls, self._item_pulls, *self._shares, self._user.step,
+                self._rules, numbers, *exchange.arrays,
             )  # fmt: skip
             workers.all(lambda thread, arguments=arguments: cpu.step_of_ranks(thread, *arguments))  # type: ignore[misc]
             items = self._by_item.rows[: self._counts[cpu.ITEMS]]
@@ -189,7 +203,7 @@ class FusedStep(nn.Module):
         """Make room for a batch of so many ratings."""
         if ratings > self._capacity:
             self._grow(ratings)
-        self._slope, self._error = self._slopes[: ratings * self._shape[4]], self._errors[:ratings]
+        self._last.slope, self._last.error = self._slopes[: ratings * self._shape[4]], self._errors[:ratings]
 
     def _grow(self, ratings: int) -> None:
         self._capacity = ratings + ratings // 8
