@@ -34,7 +34,7 @@ LINE_BYTES = 128
 """Each rank's counter has two cache lines to itself: processors fetch them in pairs."""
 SIGNALS, LEFT = 0, 8
 """Places in a rank's line, in int64."""
-PATIENT_SECONDS, LONGEST_SLEEP = 0.02, 0.0005
+PATIENT_SECONDS, LONGEST_SLEEP = 0.003, 0.0005
 GONE = (
     "the contact to another rank of this job was lost; the cause is what that rank or the launcher says. "
     "The same command continues from the last checkpoint."

@@ -119,13 +119,13 @@ def wait_for_all(gate: Any, aim: Any) -> None:
             _yield_processor()
 
 
-LOOKS = 3000
-"""Looks at other ranks' signals, the processor offered to somebody else after each: about a millisecond."""
+LOOKS = 1000
+"""Looks at other ranks' signals, the processor offered to somebody else after each."""
 
 
 @njit(nogil=True, cache=True)
 def arrived_at(lines: Any, aim: Any) -> bool:
-    """Whether ``lines[r, 0]`` (int64) of every rank r comes to ``aim``; gives up after about a millisecond."""
+    """Whether ``lines[r, 0]`` (int64) of every rank r comes to ``aim``; gives up after some looks."""
     spins = 0
     for rank in range(lines.shape[0]):
         line = lines[rank]
