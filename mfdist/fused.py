@@ -9,6 +9,7 @@ No torch operation touches a batch here: torch's threads wait actively after eac
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,7 @@ class FusedStep(nn.Module):
         self._gate, self._counts = np.zeros(1, np.int64), np.zeros(5, np.int64)
         self._by_user, self._by_item, self._by_owner = Grouped(), Grouped(), Grouped()
         self._exchange = open_exchange(self._item) if self._item.world.size > 1 else None
+        self._compiled = False
         self._capacity = 0
         self._own, self._before = (np.empty((0, form.width), np.float32) for _ in range(2))
         self._slopes, self._errors = np.empty(0, np.float32), np.empty(0, np.float32)
@@ -182,9 +184,19 @@ class FusedStep(nn.Module):
                 self._last.slope, self._last.error, self._user_pulls, self._item_pulls, *self._shares, self._user.step,
                 self._rules, numbers, *exchange.arrays,
             )  # fmt: skip
+            if not self._compiled:
+                self._compile(arguments)
             workers.all(lambda thread, arguments=arguments: cpu.step_of_ranks(thread, *arguments))  # type: ignore[misc]
             items = self._by_item.rows[: self._counts[cpu.ITEMS]]
             stage = exchange.bring(int(self._counts[cpu.STAGE]), items, self._counts)
+
+    def _compile(self, arguments: tuple[Any, ...]) -> None:
+        """Let one rank of a host compile, and the others find the code on the disk; collective."""
+        threads, gate, _stage, *others = arguments
+        if int(os.environ.get("LOCAL_RANK", self._item.world.rank)) == 0:
+            cpu.step_of_ranks(0, threads, gate, cpu.DONE, *others)
+        self._item.world.barrier()
+        self._compiled = True
 
     def _numbers(self, step: int, global_rows: int) -> Floats32:
         """``kernels.cpu.STEP_FIELDS`` of a step."""
