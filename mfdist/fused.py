@@ -56,7 +56,7 @@ class FusedStep(nn.Module):
         self, model: MF, optimizer: RowOptimizer, objective: Objective, threads: int,
         shares: tuple[Floats32, Floats32] | None = None,
     ) -> None:  # fmt: skip
-        """``shares``: with a penalty, ``objective.shares_of`` this rank's user rows, and of all items."""
+        """``shares``: with a penalty or bags, ``objective.shares_of`` this rank's user rows, and of all items."""
         super().__init__()
         assert isinstance(model.user, ShardedTable) and isinstance(model.item, ShardedTable)
         self.model, self._user, self._item = model, model.user, model.item
@@ -65,9 +65,12 @@ class FusedStep(nn.Module):
         self._shape = cpu.shape_of(form.dim, form.bias, form.members, cpu.KINDS[optimizer.kind])
         nothing = np.empty((2, 0), np.float32)
         self._shares = shares or (nothing[0], nothing[0])
-        assert bool(shares) == objective.penalised
+        assert bool(shares) == (objective.penalised or form.implicit > 0)
+        stride = cpu.stride_with_bag(self._shape) if form.implicit else self._shape[2]
+        self._user_shape = (*self._shape[:2], stride, *self._shape[3:])
         self._user_pulls, self._item_pulls = (
-            objective.pulls(side, form.dim, form.width, form.members) if shares else nothing for side in (USER, ITEM)
+            objective.pulls(side, form.dim, form.width, form.members) if objective.penalised else nothing
+            for side in (USER, ITEM)
         )
         self._rules = cpu.rule_arrays(optimizer.rules)
         self._workers = Workers(threads)
@@ -97,17 +100,17 @@ class FusedStep(nn.Module):
 
     def settle(self) -> None:
         """Bring every row of both tables to the present, in place."""
-        for table in (self._user, self._item):
+        for table, shape in ((self._user, self._user_shape), (self._item, self._shape)):
             flat, lasts = _flat(table)
             numbers = self._numbers(table.step + 1, 1)
             rows = np.arange(len(table.rows.last), dtype=np.int32)
 
             def settle(low: int, high: int, flat: Any = flat, lasts: Any = lasts, rows: Any = rows,
-                       numbers: Any = numbers, now: int = table.step) -> None:  # fmt: skip
+                       numbers: Any = numbers, now: int = table.step, shape: Any = shape) -> None:  # fmt: skip
                 out = np.empty((SETTLE_ROWS, self.model.form.width), np.float32)
                 for first in range(low, high, SETTLE_ROWS):
                     part = rows[first : min(first + SETTLE_ROWS, high)]
-                    cpu.gather(self._shape, flat, lasts, part, 0, len(part), out, now, self._rules, numbers)
+                    cpu.gather(shape, flat, lasts, part, 0, len(part), out, now, self._rules, numbers)
 
             self._workers.ranges(len(rows), settle)
 
@@ -188,7 +191,7 @@ class FusedStep(nn.Module):
         return np.array(
             [1 - rate * optimizer.weight_decay, rate / (1 - beta1**step), (1 - beta2**step) ** -0.5, 1 - beta1, beta2,
              optimizer.eps, rate, scale, low, high - low,
-             form.sigmoid_range is not None, offset, 1 - beta2], np.float32,
+             form.sigmoid_range is not None, offset, 1 - beta2, form.implicit], np.float32,
         )  # fmt: skip
 
     def _reserve(self, ratings: int) -> None:

@@ -31,7 +31,7 @@ from mfdist.kernels import stride_of
 from mfdist.lanes import row_group_rows
 from mfdist.loader import Loader, available_bytes, id_dtype, ranks_here
 from mfdist.model import MF, MFAdvanced
-from mfdist.objective import Objective
+from mfdist.objective import ITEM, USER, Objective
 from mfdist.schedule import lanes_of_rank
 from mfdist.train_config import TrainConfig
 
@@ -106,7 +106,6 @@ def plan_for(config: PlanConfig, dataset: Dataset, ranks: int, base_bytes: int =
     steps = math.ceil(rows / config.batch_size)
     largest = max(shares) * kept
     lanes = [len(lanes_of_rank(len(manifest.lanes), rank, ranks)) for rank in range(ranks)]
-    row_bytes = bytes_of_row(config, form.width)
     batch = config.batch_size * largest / max(rows, 1)
     wire = 0.0
     if ranks > 1 and config.sharding != "replicated":
@@ -124,10 +123,13 @@ def plan_for(config: PlanConfig, dataset: Dataset, ranks: int, base_bytes: int =
         epoch = steps * (local.step_seconds + waiting + sending) + local.epoch_end_seconds
     return Plan(
         ranks=ranks, lanes=(min(lanes), max(lanes)), efficiency=(rows / ranks / largest) if largest else 1.0,
-        steps_per_epoch=steps, table_bytes=table_rows(config, manifest, ranks) * row_bytes,
+        steps_per_epoch=steps, table_bytes=table_bytes(config, manifest, ranks),
         loader_bytes=loader_bytes(manifest, int(largest), max(lanes), ranks),
         step_bytes=int(batch * 2 * form.width * 4 * 8), base_bytes=base_bytes, wire_bytes=wire,
-        checkpoint_bytes=(manifest.num_users + manifest.num_items) * stored_bytes_of_row(config, form.width),
+        checkpoint_bytes=sum(
+            rows * stored_bytes_of_row(config, form.stored_width(side))
+            for side, rows in ((USER, manifest.num_users), (ITEM, manifest.num_items))
+        ),
         epoch_seconds=epoch, total_seconds=None if epoch is None else epoch * config.epochs,
     )  # fmt: skip
 
@@ -138,13 +140,15 @@ def rows_of_ranks(manifest: Manifest, ranks: int) -> list[int]:
     return [sum(lanes[k].train_rows for k in lanes_of_rank(len(lanes), rank, ranks)) for rank in range(ranks)]
 
 
-def table_rows(config: TrainConfig, manifest: Manifest, ranks: int) -> int:
-    """Rows of both tables that the fullest rank holds."""
+def table_bytes(config: TrainConfig, manifest: Manifest, ranks: int) -> int:
+    """Bytes of both tables on the rank that holds most."""
+    form = config.form(manifest)
+    user, item = (bytes_of_row(config, form.stored_width(side)) for side in (USER, ITEM))
     if config.sharding == "replicated":
-        return manifest.num_users + manifest.num_items
+        return manifest.num_users * user + manifest.num_items * item
     layouts = user_layout(manifest, ranks), item_layout(manifest, ranks)
     held = [[sum(end - first for first, end in layout.ranges_of(rank)) for layout in layouts] for rank in range(ranks)]
-    return max(map(sum, held))
+    return max(users * user + items * item for users, items in held)
 
 
 def bytes_of_row(config: TrainConfig, width: int) -> int:
@@ -246,14 +250,16 @@ def _share_of_model(config: PlanConfig, manifest: Manifest, ranks: int, total_st
     world, form = World.alone(), config.form(manifest)
     optimizer = config.row_optimizer(total_steps)
     tables = []
-    for layout, at_home in ((user_layout(share, 1), True), (item_layout(share, 1), False)):
-        table = ShardedTable(layout, form.width, optimizer, world, at_home=at_home)
+    for side, layout, at_home in ((USER, user_layout(share, 1), True), (ITEM, item_layout(share, 1), False)):
+        table = ShardedTable(layout, form.stored_width(side), optimizer, world, at_home=at_home)
         table.rows.weight.uniform_(0, 0.05)
         table.step = max(1, total_steps // 2)
         table.rows.last.random_(1, table.step + 1)
         tables.append(table)
     model = (MF if config.model == "mf" else MFAdvanced)(form, *tables)
-    return model, FusedStep(model, optimizer, Objective(), torch.get_num_threads())
+    ones = np.ones(len(tables[USER].rows.last), np.float32), np.ones(len(tables[ITEM].rows.last), np.float32)
+    shares = ones if form.implicit else None
+    return model, FusedStep(model, optimizer, Objective(), torch.get_num_threads(), shares)
 
 
 # Showing it ---------------------------------------------------------------------------------------

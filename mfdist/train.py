@@ -99,12 +99,19 @@ def _fused_step(session: Session, batch: Batch) -> torch.Tensor:
 
 def _autograd_step(session: Session, batch: Batch) -> torch.Tensor:
     """The plain way: torch's autograd through the gathered rows, any device and placement."""
-    scored = session.replica(batch.user, batch.item)
+    form, share = session.model.form, None
+    if form.implicit:
+        assert session.shares is not None
+        share = torch.from_numpy(session.shares[USER]).to(batch.user.device)[session.model.user.local(batch.user)]
+    scored = session.replica(batch.user, batch.item, share)
     errors = scored.predictions - batch.rating[:, None]
     loss = errors.square().sum()
     if session.objective.penalised:
         loss = loss + _penalty(session, batch, scored)
-    (loss * session.objective.weight(batch.global_rows)).backward()
+    loss = loss * session.objective.weight(batch.global_rows)
+    if share is not None:
+        loss = loss + _refill(session, scored, share)
+    loss.backward()
     session.model.user.apply_gradient()
     session.model.item.apply_gradient()
     sum_of_squares: torch.Tensor = errors.detach().double().mean(dim=1).square().sum()
@@ -116,11 +123,21 @@ def _penalty(session: Session, batch: Batch, scored: Scored) -> torch.Tensor:
     form, shares, total = session.model.form, session.shares, torch.zeros((), device=batch.rating.device)
     assert shares is not None
     local = session.model.user.local(batch.user)
-    for side, index, rows in ((USER, local, scored.user), (ITEM, batch.item, scored.item)):
+    weights = scored.user[:, : form.width], scored.item
+    for side, index, rows in ((USER, local, weights[USER]), (ITEM, batch.item, weights[ITEM])):
         pulls = torch.from_numpy(session.objective.pulls(side, form.dim, form.width, form.members)).to(rows.device)
         share = torch.from_numpy(shares[side]).to(rows.device)[index.long()]
         total = total + ((pulls[0] + share[:, None] * pulls[1]) * rows.square()).sum()
     return total
+
+
+def _refill(session: Session, scored: Scored, share: torch.Tensor) -> torch.Tensor:
+    """A loss whose gradient makes the next step of sgd the renewal of the users' bags: for each rating one n-th of a
+    bag goes, and the item comes, see ``Form.implicit``."""
+    form = session.model.form
+    bag, factors = scored.user[:, form.width :], scored.item[:, : form.dim] * form.is_factor().to(share.device)
+    change = form.implicit * share.sqrt()[:, None] * factors - share[:, None] * bag
+    return -(change.detach() * bag).sum() / session.optimizer.rate(session.progress.step + 1)
 
 
 # Setting up ---------------------------------------------------------------------------------------

@@ -92,10 +92,10 @@ def group(ids: Any, order: Any, scratch: Any, rows: Any, starts: Any, slot: Any)
 # Slices, not sums of indices, and numpy's error model: LLVM makes vector instructions of the loops only so.
 
 STEP_FIELDS = ("decay", "rate1", "root2", "rest1", "beta2", "eps", "rate", "scale", "low", "span", "sigmoid", "offset",
-               "rest2")  # fmt: skip
+               "rest2", "implicit")  # fmt: skip
 """The float32 ``numbers`` of one step. rate1: lr / (1 - b1^t); root2: 1 / sqrt(1 - b2^t); scale: twice the weight of a
 rating's squared error in the loss; rest1, rest2: 1 - beta1, 1 - beta2, rounded after the subtraction (float32 0.999
-taken from 1 would be off by 1.3e-5)."""
+taken from 1 would be off by 1.3e-5). implicit: see ``model.Form``; users' rows hold a bag behind the weights then."""
 
 
 def shape_of(dim: int, bias: bool, members: int, kind: int) -> tuple[int, int, int, int, int, int, int]:
@@ -108,6 +108,12 @@ def shape_of(dim: int, bias: bool, members: int, kind: int) -> tuple[int, int, i
     state = {ADAMW: 2 * width, SPARSE_ADAM: 2 * width, ROWWISE_ADAGRAD: 1, SGD: 0}[kind]
     user_bias, item_bias = BIAS_COLUMN if members else (dim, dim) if bias else (-1, -1)
     return dim // max(members, 1), width, stride_of(width, state), kind, max(members, 1), user_bias, item_bias
+
+
+@njit(nogil=True, inline="always")
+def stride_with_bag(shape: Any) -> Any:
+    """The stride of users' rows where they have bags, which only sgd moves."""
+    return -(-(shape[1] + shape[0] * shape[4] + 1) // 4) * 4
 
 
 _kernel = njit(nogil=True, fastmath=True, error_model="numpy", cache=True)
@@ -313,6 +319,10 @@ def user_pass(
     one = np.float32(1)
     scale, base_rating, span, sigmoid, offset = numbers[7], numbers[8], numbers[9], numbers[10], numbers[11]
     share_of_members = one / np.float32(members)
+    implicit = numbers[13]
+    if implicit > 0:
+        stride = stride_with_bag(shape)
+    lead = leading_biases(shape)
     pulls, shares = bare(pulls), bare(shares)
     table, lasts, rows, starts, order = bare(table), bare(lasts), bare(rows), bare(starts), bare(order)
     item_slot, items, rating, before = bare(item_slot), bare(items), bare(rating), bare(before)
@@ -331,6 +341,10 @@ def user_pass(
             was[d] = row[d]
             grad[d] = 0
         penalise(grad, was, starts[j + 1] - starts[j], pulls, shares, rows[j], scale)
+        bag_weight = np.float32(0)
+        if implicit > 0:
+            bag_weight = implicit * np.sqrt(shares[rows[j]])
+            join_bag(shape, was, row)
         for place in range(starts[j], starts[j + 1]):
             k = order[place]
             ask_row(items, item_slot, order, place + AHEAD, number)
@@ -344,6 +358,11 @@ def user_pass(
                     score += p[d] * q[d]
                 if user_bias >= 0:
                     score += was[first + user_bias] + item[first + item_bias]
+                if implicit > 0:
+                    own = np.float32(0)
+                    for d in range(lead, part):
+                        own += q[d] * q[d]
+                    score -= bag_weight * own
                 if sigmoid > 0:
                     s = one / (one + np.exp(-score))
                     e = base_rating + span * s - rating[k]
@@ -358,9 +377,42 @@ def user_pass(
                 if user_bias >= 0:
                     grad[first + user_bias] += c
             error[k] = mean * share_of_members
+        if implicit > 0:
+            refill(shape, row, items, item_slot, order, starts[j], starts[j + 1], shares[rows[j]], bag_weight)
         move(shape, row, grad, numbers)
         lasts[base + stride - 1] = now + 1
     space[0, 0] = 0  # it lives until here
+
+
+@_inlined
+def leading_biases(shape: Any) -> Any:
+    """Columns at the start of a member's part that are no factors."""
+    return len(BIAS_COLUMN) if 0 <= shape[6] < shape[0] else 0
+
+
+@_inlined
+def join_bag(shape: Any, was: Any, row: Any) -> None:
+    """Add the bag behind the weights of ``row`` to the factors in ``was``."""
+    for d in range(shape[0] * shape[4]):
+        was[d] += row[shape[1] + d]
+
+
+@_inlined
+def refill(
+    shape: Any, row: Any, items: Any, item_slot: Any, order: Any, first: Any, end: Any, share: Any, weight: Any
+) -> None:
+    """Renew a user's bag by the ratings ``order[first:end]``: ``share`` of it goes for each, and ``weight`` times the
+    item's factors come."""
+    part, width, members, lead = shape[0], shape[1], shape[4], leading_biases(shape)
+    bag = row[width : width + part * members]
+    kept = np.float32(1) - np.float32(end - first) * share
+    for d in range(bag.size):
+        bag[d] *= kept
+    for place in range(first, end):
+        item = items[item_slot[order[place]]]
+        for member in range(members):
+            for d in range(member * part + lead, (member + 1) * part):
+                bag[d] += weight * item[d]
 
 
 @_inlined
