@@ -204,8 +204,10 @@ class FusedStep(nn.Module):
         self._capacity = ratings + ratings // 8
         self._by_user.reserve(self._capacity)
         self._by_item.reserve(self._capacity)
-        shape = self._capacity, self.model.form.width
-        self._own, self._before, self._gradient = (np.empty(shape, np.float32) for _ in range(3))
+        form = self.model.form
+        self._own, self._gradient = (np.empty((self._capacity, form.width), np.float32) for _ in range(2))
+        through_bags = form.dim + 1 if form.implicit else 0
+        self._before = np.empty((self._capacity, form.width + through_bags), np.float32)
         self._errors = np.empty(self._capacity, np.float32)
         self._slopes = np.empty(self._capacity * self._shape[4], np.float32)
 

@@ -39,11 +39,17 @@ class Form:
     init_std: float | None = None
     """Factors begin as normal(0, init_std / sqrt(factors of a member)), biases at 0; None: as ``init`` says."""
     implicit: float = 0.0
-    """What a user chose to rate counts as well: with a > 0 a user's factors are p + (a / sqrt(n)) S, S being the sum of
-    the factors (not biases) of the n items that the user rated, as they were when each was last seen. The user's row
-    holds the second term, its *bag*, behind the weights. While a rating is learned, its own item's share in S, which
-    a new item will not have, is taken from the score as a constant: a / sqrt(n) |q|^2. (After SVD++, Koren 2008, the
-    items' second vectors tied to their first.)
+    """What a user chose to rate counts as well: with a > 0 a user's factors are p + w S, w = a / sqrt(n), S being the
+    sum of the factors (not biases) q of the n items that the user rated. (SVD++, Koren 2008, with the items' second
+    vectors tied to their first.) Neither S nor its gradient is added up anew for each rating: a user's row holds two
+    running sums behind its weights, renewed by every rating of the user,
+
+        bag   <-  bag (1 - 1/n) + w q         what joins the factors
+        pull  <-  pull (1 - 1/n) + w g q      g: the loss's derivative by the score; what the user's items get as their
+                                              gradient through the bag, at each rating of theirs
+
+    While a rating is learned, its own item, which a new item will not be, is left out of both: w |q|^2 is taken from
+    the score as a constant, and w g q from the pull.
     """
 
     @property
@@ -52,8 +58,8 @@ class Form:
         return self.dim + (self.bias and not self.members)
 
     def stored_width(self, side: int) -> int:
-        """Columns of a user's or an item's row, a user's bag included."""
-        return self.width + (self.dim if self.implicit and side == USER else 0)
+        """Columns of a user's or an item's row, a user's bag and pull included."""
+        return self.width + (2 * self.dim if self.implicit and side == USER else 0)
 
     def is_factor(self) -> torch.Tensor:
         """float32 (dim,): 0 for the columns of members that are biases and scales, 1 for all others."""
@@ -65,7 +71,7 @@ class Form:
     def factors_of_users(self, rows: torch.Tensor) -> torch.Tensor:
         """Factors (rows, dim) of users' stored rows, with their bags."""
         own = rows[:, : self.dim]
-        return own + rows[:, self.width :].detach() if self.implicit else own
+        return own + rows[:, self.width : self.width + self.dim].detach() if self.implicit else own
 
     @property
     def part(self) -> int:
@@ -147,8 +153,9 @@ def sigmoid_range(low: float, high: float, step: float) -> tuple[float, float]:
 
 
 class Scored(NamedTuple):
-    """Predictions of each member (rows, members or 1), and the stored rows behind them (rows, stored width)."""
+    """Of each member (rows, members or 1), and the stored rows behind them (rows, stored width)."""
 
+    scores: torch.Tensor
     predictions: torch.Tensor
     user: torch.Tensor
     item: torch.Tensor
@@ -168,7 +175,8 @@ class MF(nn.Module):
         ``share``: see :meth:`Form.member_scores`.
         """
         p, q = self.user(user), self.item(item)
-        return Scored(self.form.rating_of_score(self.form.member_scores(p, q, self.offset, share)), p, q)
+        scores = self.form.member_scores(p, q, self.offset, share)
+        return Scored(scores, self.form.rating_of_score(scores), p, q)
 
     def settle(self) -> None:
         """Bring every row of both tables to the present, in place."""

@@ -106,12 +106,15 @@ def _autograd_step(session: Session, batch: Batch) -> torch.Tensor:
     scored = session.replica(batch.user, batch.item, share)
     errors = scored.predictions - batch.rating[:, None]
     loss = errors.square().sum()
+    weight = session.objective.weight(batch.global_rows)
+    bags = None
+    if share is not None:
+        (slope,) = torch.autograd.grad(loss * weight, scored.scores, retain_graph=True)
+        bags = _through_bags(session, scored, share, slope)
     if session.objective.penalised:
         loss = loss + _penalty(session, batch, scored)
-    loss = loss * session.objective.weight(batch.global_rows)
-    if share is not None:
-        loss = loss + _refill(session, scored, share)
-    loss.backward()
+    loss = loss * weight
+    (loss if bags is None else loss + bags).backward()
     session.model.user.apply_gradient()
     session.model.item.apply_gradient()
     sum_of_squares: torch.Tensor = errors.detach().double().mean(dim=1).square().sum()
@@ -131,13 +134,17 @@ def _penalty(session: Session, batch: Batch, scored: Scored) -> torch.Tensor:
     return total
 
 
-def _refill(session: Session, scored: Scored, share: torch.Tensor) -> torch.Tensor:
-    """A loss whose gradient makes the next step of sgd the renewal of the users' bags: for each rating one n-th of a
-    bag goes, and the item comes, see ``Form.implicit``."""
+def _through_bags(session: Session, scored: Scored, share: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """A loss whose gradient is, for items, what comes through the users' bags, and for bags and pulls what makes a step
+    of sgd their renewal (``Form.implicit``). ``slope`` (rows, members): the loss's derivative by the scores."""
     form = session.model.form
-    bag, factors = scored.user[:, form.width :], scored.item[:, : form.dim] * form.is_factor().to(share.device)
-    change = form.implicit * share.sqrt()[:, None] * factors - share[:, None] * bag
-    return -(change.detach() * bag).sum() / session.optimizer.rate(session.progress.step + 1)
+    item, (bag, pull) = scored.item[:, : form.dim], scored.user[:, form.width :].split(form.dim, dim=1)
+    to_bag = form.implicit * share.sqrt()[:, None] * item.detach() * form.is_factor().to(share.device)
+    to_pull = to_bag * slope.repeat_interleave(form.part, dim=1)
+    renewal = ((to_bag - share[:, None] * bag.detach()) * bag).sum()
+    renewal = renewal + ((to_pull - share[:, None] * pull.detach()) * pull).sum()
+    rate = session.optimizer.rate(session.progress.step + 1)
+    return ((pull.detach() - to_pull) * item).sum() - renewal / rate
 
 
 # Setting up ---------------------------------------------------------------------------------------

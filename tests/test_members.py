@@ -88,8 +88,9 @@ def test_bags_equal_a_loop_of_single_ratings(data, tmp_path):
     dataset, form = Dataset.open(data), c.form(Dataset.open(data).manifest)
     n = dataset.counts("users")
     p, q = (form.initial(c.seed, side, 0, rows).double().numpy() for side, rows in ((0, len(n)), (1, 60)))
-    assert p.shape[1] == 16 and not p[:, 8:].any()
-    p, bag, q = p[:, :8].reshape(-1, 2, 4), np.zeros((len(n), 2, 4)), q.reshape(-1, 2, 4)
+    assert p.shape[1] == 24 and not p[:, 8:].any()
+    p, q = p[:, :8].reshape(-1, 2, 4), q.reshape(-1, 2, 4)
+    bag, pull = np.zeros((2, *p.shape))
     factor, one = np.array([0, 0, 1, 1]), np.eye(4)
     mean, curve = dataset.manifest.global_mean, []
     with Loader(dataset, batch_size=1, seed=c.seed, rank=0, world_size=1) as loader:
@@ -100,8 +101,10 @@ def test_bags_equal_a_loop_of_single_ratings(data, tmp_path):
                 w, whole = 0.25 / n[u] ** 0.5, p[u] + bag[u]
                 score = (whole * q[i]).sum(1) - w * (factor * q[i] ** 2).sum(1)
                 e = y - (mean + score + p[u][:, 1] + q[i][:, 0])[:, None]
+                to_p = e * (q[i] + one[1])
+                to_q = e * (whole + one[0]) + pull[u] - w * e * factor * q[i]
                 bag[u] += w * factor * q[i] - bag[u] / n[u]
-                to_p, to_q = e * (q[i] + one[1]), e * (whole + one[0])
+                pull[u] += w * e * factor * q[i] - pull[u] / n[u]
                 p[u], q[i] = p[u] + c.lr * to_p, q[i] + c.lr * to_q
                 squares += e.mean() ** 2
             curve.append((squares / loader.num_rows) ** 0.5)

@@ -95,7 +95,7 @@ STEP_FIELDS = ("decay", "rate1", "root2", "rest1", "beta2", "eps", "rate", "scal
                "rest2", "implicit")  # fmt: skip
 """The float32 ``numbers`` of one step. rate1: lr / (1 - b1^t); root2: 1 / sqrt(1 - b2^t); scale: twice the weight of a
 rating's squared error in the loss; rest1, rest2: 1 - beta1, 1 - beta2, rounded after the subtraction (float32 0.999
-taken from 1 would be off by 1.3e-5). implicit: see ``model.Form``; users' rows hold a bag behind the weights then."""
+taken from 1 would be off by 1.3e-5). implicit: ``model.Form.implicit``; users' rows hold bag and pull then."""
 
 
 def shape_of(dim: int, bias: bool, members: int, kind: int) -> tuple[int, int, int, int, int, int, int]:
@@ -113,7 +113,7 @@ def shape_of(dim: int, bias: bool, members: int, kind: int) -> tuple[int, int, i
 @njit(nogil=True, inline="always")
 def stride_with_bag(shape: Any) -> Any:
     """The stride of users' rows where they have bags, which only sgd moves."""
-    return -(-(shape[1] + shape[0] * shape[4] + 1) // 4) * 4
+    return -(-(shape[1] + 2 * shape[0] * shape[4] + 1) // 4) * 4
 
 
 _kernel = njit(nogil=True, fastmath=True, error_model="numpy", cache=True)
@@ -344,7 +344,7 @@ def user_pass(
         bag_weight = np.float32(0)
         if implicit > 0:
             bag_weight = implicit * np.sqrt(shares[rows[j]])
-            join_bag(shape, was, row)
+            join_bag(shape, was, row, bag_weight)
         for place in range(starts[j], starts[j + 1]):
             k = order[place]
             ask_row(items, item_slot, order, place + AHEAD, number)
@@ -378,7 +378,7 @@ def user_pass(
                     grad[first + user_bias] += c
             error[k] = mean * share_of_members
         if implicit > 0:
-            refill(shape, row, items, item_slot, order, starts[j], starts[j + 1], shares[rows[j]], bag_weight)
+            refill(shape, row, items, item_slot, order, starts[j], starts[j + 1], slope, shares[rows[j]], bag_weight)
         move(shape, row, grad, numbers)
         lasts[base + stride - 1] = now + 1
     space[0, 0] = 0  # it lives until here
@@ -391,28 +391,48 @@ def leading_biases(shape: Any) -> Any:
 
 
 @_inlined
-def join_bag(shape: Any, was: Any, row: Any) -> None:
-    """Add the bag behind the weights of ``row`` to the factors in ``was``."""
-    for d in range(shape[0] * shape[4]):
-        was[d] += row[shape[1] + d]
+def join_bag(shape: Any, was: Any, row: Any, weight: Any) -> None:
+    """Add the bag of ``row`` to the factors in ``was``, and put the pull and ``weight`` behind them."""
+    dim, width = shape[0] * shape[4], shape[1]
+    for d in range(dim):
+        was[d] += row[width + d]
+        was[width + d] = row[width + dim + d]
+    was[width + dim] = weight
 
 
 @_inlined
 def refill(
-    shape: Any, row: Any, items: Any, item_slot: Any, order: Any, first: Any, end: Any, share: Any, weight: Any
-) -> None:
-    """Renew a user's bag by the ratings ``order[first:end]``: ``share`` of it goes for each, and ``weight`` times the
-    item's factors come."""
+    shape: Any, row: Any, items: Any, item_slot: Any, order: Any, first: Any, end: Any, slope: Any, share: Any,
+    weight: Any,
+) -> None:  # fmt: skip
+    """Renew a user's bag and pull by the ratings ``order[first:end]``, see ``model.Form.implicit``."""
     part, width, members, lead = shape[0], shape[1], shape[4], leading_biases(shape)
-    bag = row[width : width + part * members]
+    dim = part * members
+    bag, pull = row[width : width + dim], row[width + dim : width + 2 * dim]
     kept = np.float32(1) - np.float32(end - first) * share
-    for d in range(bag.size):
+    for d in range(dim):
         bag[d] *= kept
+        pull[d] *= kept
     for place in range(first, end):
-        item = items[item_slot[order[place]]]
+        k = order[place]
+        item = items[item_slot[k]]
         for member in range(members):
+            c = slope[k * members + member]
             for d in range(member * part + lead, (member + 1) * part):
-                bag[d] += weight * item[d]
+                come = weight * item[d]
+                bag[d] += come
+                pull[d] += c * come
+
+
+@_inlined
+def add_pull(shape: Any, grad: Any, own: Any, user: Any, slope: Any, k: Any) -> None:
+    """Add to an item's ``grad`` what rating ``k`` brings through its user's bag, the item's own part in it left out."""
+    part, width, members, lead = shape[0], shape[1], shape[4], leading_biases(shape)
+    weight = user[width + part * members]
+    for member in range(members):
+        c = weight * slope[k * members + member]
+        for d in range(member * part + lead, (member + 1) * part):
+            grad[d] += user[width + d] - c * own[d]
 
 
 @_inlined
@@ -432,7 +452,7 @@ def penalise(grad: Any, weight: Any, count: Any, pulls: Any, shares: Any, row: A
 @_inlined
 def add_up(
     shape: Any, grad: Any, own: Any, first: Any, end: Any, order: Any, user_slot: Any, before: Any, slope: Any,
-    number: Any,
+    number: Any, implicit: Any,
 ) -> None:  # fmt: skip
     """Add to ``grad`` (width,) the gradient of one item from its ratings ``order[first:end]``, of ``number``."""
     part, _width, _stride, _kind, members, _user_bias, item_bias = shape
@@ -447,6 +467,8 @@ def add_up(
                 g[d] += c * p[d]
             if item_bias >= 0:
                 grad[begin + item_bias] += c
+        if implicit > 0:
+            add_pull(shape, grad, own, user, slope, k)
 
 
 @_kernel
@@ -468,7 +490,7 @@ def item_pass(
         for d in range(width):
             grad[d] = 0
         penalise(grad, own[j], starts[j + 1] - starts[j], pulls, shares, rows[j], numbers[7])
-        add_up(shape, grad, own[j], starts[j], starts[j + 1], order, user_slot, before, slope, number)
+        add_up(shape, grad, own[j], starts[j], starts[j + 1], order, user_slot, before, slope, number, numbers[13])
         base = np.int64(rows[j]) * stride
         move(shape, table[base : base + stride], grad, numbers)
         lasts[base + stride - 1] = now + 1
@@ -490,7 +512,7 @@ def gradient(
         for d in range(grad.size):
             grad[d] = 0
         penalise(grad, own[j], starts[j + 1] - starts[j], pulls, shares, rows[j], numbers[7])
-        add_up(shape, grad, own[j], starts[j], starts[j + 1], order, user_slot, before, slope, number)
+        add_up(shape, grad, own[j], starts[j], starts[j + 1], order, user_slot, before, slope, number, numbers[13])
 
 
 @_kernel
