@@ -17,8 +17,6 @@ from mfdist.plan import PlanConfig, format_plans, plan
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(PlanConfig, argv, __doc__ or "")
     print(format_plans(plan(config), config))
-    if config.calibrate_seconds:
-        print("Times are extrapolated from this machine, in this process; ranks on other hardware differ.")
     return 0
 
 

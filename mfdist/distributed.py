@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -23,7 +24,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from mfdist import shared
 from mfdist.errors import LostRankError, MfdistError, UsageError
+from mfdist.shared import SharedMemory
 
 Floats = npt.NDArray[np.float64]
 T = TypeVar("T")
@@ -35,12 +38,18 @@ class World:
     ``alone()`` gives a world of size 1 without a process group, for library use in one process.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device, *, connected: bool) -> None:
+    def __init__(
+        self, rank: int, size: int, device: torch.device, *, connected: bool, timeout_seconds: float = 600.0
+    ) -> None:
         self.rank = rank
         self.size = size
         self.device = device
+        self.may_share = True
+        """Whether ranks of one host use memory that they share; the same on every rank."""
         self._connected = connected
+        self._timeout_seconds = timeout_seconds
         self._replicas: list[DistributedDataParallel] = []
+        self._shared: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
 
     @property
     def is_main(self) -> bool:
@@ -118,6 +127,26 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
 
+    def share(self, size_bytes: int) -> SharedMemory | None:
+        """Memory that all ranks see, zeros at first; None where they are on several hosts or cannot share it."""
+        if self.size == 1 or not self.may_share or self.device.type != "cpu":
+            return None
+        made = shared.make(size_bytes) if self.is_main else None
+        offer = self.broadcast(made[0] if made else None)
+        memory = made[1] if made else shared.attach(offer, size_bytes) if offer and not self.is_main else None
+        processes = self.gather(os.getpid() if memory else 0)
+        if made:
+            os.close(made[0].file)
+        found = None
+        if memory and all(processes):
+            with contextlib.suppress(OSError, AttributeError):  # no pidfd_open in this system
+                found = SharedMemory(memory, self.rank, processes, self._timeout_seconds)
+        if self.any(found is None):
+            return None
+        assert found is not None
+        self._shared.add(found)
+        return found
+
     def send(self, tensor: torch.Tensor, to: int) -> None:
         dist.send(tensor, to)
 
@@ -127,12 +156,13 @@ class World:
     def replicate(self, module: torch.nn.Module) -> torch.nn.Module:
         """``module`` under DistributedDataParallel, its gradients added (not averaged) over the ranks.
 
-        As it is where it has no parameter to reduce: DDP refuses that.
+        As it is where there is nothing to reduce: one rank (DDP would take a tenth of a millisecond a step), or no
+        parameter (DDP refuses that).
         """
-        if not self._connected or not any(p.requires_grad for p in module.parameters()):
+        if self.size == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
         replica = DistributedDataParallel(module, gradient_as_bucket_view=True)
-        replica.register_comm_hook(None, _add_gradients)
+        replica.register_comm_hook(_Adder(self), _add_gradients)
         self._replicas.append(replica)
         return replica
 
@@ -162,6 +192,8 @@ class World:
 
     def _leave(self, all_alive: bool) -> None:
         """Delete the DDP objects, then the group: a gloo DDP alive at exit can abort the process."""
+        for memory in self._shared:
+            memory.leave()
         while self._replicas:
             del self._replicas[-1].reducer
             self._replicas.pop()
@@ -178,19 +210,60 @@ LOST = re.compile(r"gloo|NCCL|closed by peer|reset by peer|timed out|Broken pipe
 def _cause(error: Exception) -> Exception:
     """``error``, or one sentence in its place where it only says that another rank is gone."""
     if isinstance(error, RuntimeError) and LOST.search(str(error)):
-        return LostRankError(
-            "the contact to another rank of this job was lost; the cause is what that rank or the launcher says. "
-            "The same command continues from the last checkpoint."
-        )
+        return LostRankError(shared.GONE)
     return error
 
 
-def _add_gradients(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+class _Adder:
+    """Adds up a few floats over the ranks, in rank order: through memory that they share, or the group."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._memory = world.share(SharedMemory.room(world.size, 2 * world.size * 4 * FEW_FLOATS))
+        if self._memory:
+            # Two in turn: who is quick begins with one while others still read the last.
+            self._turns = self._memory.array((2, world.size, FEW_FLOATS), np.float32)
+
+    def takes(self, tensor: torch.Tensor) -> bool:
+        return tensor.numel() <= FEW_FLOATS and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Add up ``tensor`` (floats,) in place; collective."""
+        mine = tensor.numpy()
+        if self._memory:
+            turn = self._turns[0, :, : len(mine)]
+            self._turns = self._turns[::-1]
+            turn[self._world.rank] = mine
+            self._memory.signal()
+            self._memory.wait()
+            self._add(mine, turn)
+        elif self._world.size > 1:
+            parts = [torch.empty_like(tensor) for _ in range(self._world.size)]
+            dist.all_gather(parts, tensor)
+            self._add(mine, parts)
+
+    @staticmethod
+    def _add(total: Any, parts: Any) -> None:
+        total[:] = parts[0]
+        for part in parts[1:]:
+            total += np.asarray(part)
+
+
+def _add_gradients(adder: _Adder, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """A step's loss is already divided by its global number of rows, so that ranks' gradients simply add up."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    future: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda done: done.value()[0])
+    future: torch.futures.Future[torch.Tensor]
+    buffer = bucket.buffer()
+    if adder.takes(buffer):
+        adder.add_up(buffer)
+        future = torch.futures.Future()
+        future.set_result(buffer)
+    else:
+        future = dist.all_reduce(buffer, async_op=True).get_future().then(lambda done: done.value()[0])
     return future
 
+
+FEW_FLOATS = 256
+"""What is worth no reduction of its own; also in rank order, the same bits either way."""
 
 # DDP compares a hook's annotations with the types themselves, not with their names.
 _add_gradients.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}
@@ -210,7 +283,7 @@ def _connect(device: str, timeout_seconds: float) -> World:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if size > 1:
         _notice_lost_hosts()
-    return World(rank, size, chosen, connected=True)
+    return World(rank, size, chosen, connected=True, timeout_seconds=timeout_seconds)
 
 
 LOST_HOST_SECONDS = 30

@@ -250,12 +250,12 @@ class ShardedTable(Table):
     ) -> None:  # fmt: skip
         super().__init__(layout, width, optimizer, world, layout.ranges_of(world.rank))
         self._home = at_home or world.size == 1
-        self._wire = wire_dtype
+        self.wire_dtype = wire_dtype
         self.wire_bytes = 0  # sent to other ranks so far
         self._asked: _Exchange | None = None
         self._fetched: torch.Tensor | None = None
         ends = [max((end for _, end in layout.ranges_of(r)), default=0) for r in range(world.size)]
-        self._ends = torch.from_numpy(np.maximum.accumulate(ends)).to(world.device)
+        self.ends = torch.from_numpy(np.maximum.accumulate(ends)).to(world.device)  # of each rank's rows
 
     def _allocate(self, rows: int) -> Rows:
         """Weights, state and ``last`` of a row side by side in ``packed``, so that a row is one place in memory."""
@@ -311,13 +311,13 @@ class ShardedTable(Table):
         """Ask the owners of distinct ascending global rows (rows,) for them; collective unless at home."""
         if self._home:
             return _Exchange.at_home(self, self.local(unique))
-        owner = torch.searchsorted(self._ends, unique.long(), right=True)
+        owner = torch.searchsorted(self.ends, unique.long(), right=True)
         sent = torch.bincount(owner, minlength=self.world.size)
         received = torch.empty_like(sent)
         ones = [1] * self.world.size
         self.world.all_to_all(received, sent, ones, ones)
-        asked = torch.empty(int(received.sum()), dtype=torch.int64, device=unique.device)
-        self.world.all_to_all(asked, unique.long(), received.tolist(), sent.tolist())
+        asked = torch.empty(int(received.sum()), dtype=torch.int32, device=unique.device)
+        self.world.all_to_all(asked, unique.int(), received.tolist(), sent.tolist())
         local = self.local(asked)
         mine, place = torch.unique(local, return_inverse=True)
         return _Exchange(self, mine, place, sent.tolist(), received.tolist())
@@ -351,7 +351,7 @@ class _Exchange:
         """Owners' ``values`` of ``mine``, for the rows that this rank asked for."""
         if self.home:
             return values.clone()
-        wire = values.dtype if exact else self.table._wire
+        wire = values.dtype if exact else self.table.wire_dtype
         outgoing = values[self.place].to(wire)
         incoming = torch.empty(sum(self.sent), values.shape[1], dtype=wire, device=values.device)
         self.table.count_wire(outgoing, self.received)
@@ -362,7 +362,7 @@ class _Exchange:
         """The sum over ranks, in rank order, of the gradients of ``mine``."""
         if self.home:
             return grad
-        outgoing = grad.to(self.table._wire)
+        outgoing = grad.to(self.table.wire_dtype)
         incoming = torch.empty(len(self.place), grad.shape[1], dtype=outgoing.dtype, device=grad.device)
         self.table.count_wire(outgoing, self.sent)
         self.table.world.all_to_all(incoming, outgoing, self.received, self.sent)

@@ -7,6 +7,7 @@ what to do. :func:`exit_code_of` turns it into that text on stderr and the exit 
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -70,10 +71,31 @@ def exit_code_of(job: Callable[[], int | None]) -> int:
         return 130
     except Exception as error:
         if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
-            print(f"error: {error.strerror}: {error.filename or 'the storage'}.", file=sys.stderr, flush=True)
+            where = redact(str(error.filename or "the storage"))
+            print(f"error: {error.strerror}: {where}.", file=sys.stderr, flush=True)
         else:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), end="", file=sys.stderr, flush=True)
         return 1
 
 
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+
+_SECRETS = (
+    # everything up to the last @ before the path: name, password, or both
+    (re.compile(r"://[^/\s]*@"), "://***@"),
+    # a password with a slash in it (a number there is a port)
+    (re.compile(r"://(?!\*)[^/\s@:]+:(?!\d+/)[^\s@]*@"), "://***@"),
+    (
+        re.compile(
+            r"(?i)([?&;](?:[^=&;\s]*(?:key|token|secret|pass|pwd|auth|signature|sig|sas|credential)[^=&;\s]*)=)[^&;\s]*"
+        ),
+        r"\1***",
+    ),
+)
+
+
+def redact(text: str) -> str:
+    """A URL, or a text with URLs in it, without user, password and secret query values."""
+    for pattern, shown in _SECRETS:
+        text = pattern.sub(shown, text)
+    return text

@@ -9,6 +9,7 @@ No torch operation touches a batch here: torch's threads wait actively after eac
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ import torch
 from torch import nn
 
 from mfdist.embedding import ShardedTable
+from mfdist.exchange import open_exchange
 from mfdist.kernels import cpu
-from mfdist.kernels.machine import Workers
+from mfdist.kernels.machine import Workers, constants
 from mfdist.model import MF
 from mfdist.objective import ITEM, USER, Objective
 from mfdist.optim import RowOptimizer
@@ -30,6 +32,9 @@ _Arrays = tuple[Ints32, Ints32, Floats32]
 PARALLEL_ROWS = 2048
 """Smaller batches are not worth a second thread."""
 SETTLE_ROWS = 4096
+OWN_KERNELS_RATINGS = 1_000_000
+"""From so many ratings an epoch on, a fifth less time a step is worth compiling for half a minute, once a machine. The
+results are the same bits."""
 
 
 class Grouped:
@@ -40,6 +45,7 @@ class Grouped:
 
     def reserve(self, ratings: int) -> None:
         """Make room for a batch of so many ratings."""
+        self.room = ratings
         self.order, self.scratch, self.rows, self.slot = (np.empty(ratings + 1, np.int32) for _ in range(4))
         self.starts = np.empty(ratings + 2, np.int32)
 
@@ -49,14 +55,26 @@ class Grouped:
         return self.order, self.scratch, self.rows, self.starts, self.slot
 
 
+@dataclass
+class _Last:
+    """What the last step left; not an attribute of the module, which looks three times at whatever it is given."""
+
+    slope: Floats32
+    error: Floats32
+    squared_error: torch.Tensor
+
+
 class FusedStep(nn.Module):
     """The step of one model; ``forward`` is collective where the item table is sharded over several ranks."""
 
     def __init__(
         self, model: MF, optimizer: RowOptimizer, objective: Objective, threads: int,
-        shares: tuple[Floats32, Floats32] | None = None,
+        shares: tuple[Floats32, Floats32] | None = None, ratings: int = 0,
     ) -> None:  # fmt: skip
-        """``shares``: with a penalty or bags, ``objective.shares_of`` this rank's user rows, and of all items."""
+        """``shares``: with a penalty or bags, ``objective.shares_of`` this rank's user rows, and of all items.
+
+        ``ratings``: of an epoch; kernels are compiled for this very shape of a row where they have that much to do.
+        """
         super().__init__()
         assert isinstance(model.user, ShardedTable) and isinstance(model.item, ShardedTable)
         self.model, self._user, self._item = model, model.user, model.item
@@ -64,10 +82,11 @@ class FusedStep(nn.Module):
         form = model.form
         self._shape = cpu.shape_of(form.dim, form.bias, form.members, cpu.KINDS[optimizer.kind])
         nothing = np.empty((2, 0), np.float32)
+        self._sizes = constants(self._shape) if ratings >= OWN_KERNELS_RATINGS else self._shape
         self._shares = shares or (nothing[0], nothing[0])
         assert bool(shares) == (objective.penalised or form.implicit > 0)
-        stride = cpu.stride_with_bag(self._shape) if form.implicit else self._shape[2]
-        self._user_shape = (*self._shape[:2], stride, *self._shape[3:])
+        stride = cpu.stride_with_bag(self._shape)
+        self._user_shape: Any = (*self._shape[:2], stride, *self._shape[3:]) if form.implicit else self._sizes
         self._user_pulls, self._item_pulls = (
             objective.pulls(side, form.dim, form.width, form.members) if objective.penalised else nothing
             for side in (USER, ITEM)
@@ -75,13 +94,14 @@ class FusedStep(nn.Module):
         self._rules = cpu.rule_arrays(optimizer.rules)
         self._workers = Workers(threads)
         self._alone = Workers(1)
-        self._gate, self._counts = np.zeros(1, np.int64), np.zeros(2, np.int64)
-        self._by_user, self._by_item = Grouped(), Grouped()
+        self._gate, self._counts = np.zeros(1, np.int64), np.zeros(5, np.int64)
+        self._by_user, self._by_item, self._by_owner = Grouped(), Grouped(), Grouped()
+        self._exchange = open_exchange(self._item) if self._item.world.size > 1 else None
         self._capacity = 0
-        self._own, self._before, self._mine, self._gradient = (np.empty((0, form.width), np.float32) for _ in range(4))
+        self._own, self._before = (np.empty((0, form.width), np.float32) for _ in range(2))
         self._slopes, self._errors = np.empty(0, np.float32), np.empty(0, np.float32)
-        self._slope, self._error = self._slopes, self._errors  # of this batch's ratings
-        self.squared_error = torch.zeros((), dtype=torch.float64)  # of this rank's rows in the last step
+        self._last = _Last(self._slopes, self._errors, torch.zeros((), dtype=torch.float64))
+        self._tables = _flat(self._user), _flat(self._item)
 
     def forward(self, user: torch.Tensor, item: torch.Tensor, rating: torch.Tensor, global_rows: int) -> torch.Tensor:
         """Take one step on this rank's rows; returns their share of the loss (without the penalty)."""
@@ -94,14 +114,24 @@ class FusedStep(nn.Module):
         loss_of: torch.Tensor = _Fused.apply(offset, self, user, item, rating, global_rows)  # type: ignore[no-untyped-call]
         return loss_of
 
+    @property
+    def squared_error(self) -> torch.Tensor:
+        """Of this rank's rows in the last step, float64."""
+        return self._last.squared_error
+
+    @property
+    def transport(self) -> str:
+        """What item rows go through."""
+        return self._exchange.name if self._exchange else "nothing"
+
     def close(self) -> None:
         """End the kernels' threads."""
         self._workers.close()
 
     def settle(self) -> None:
         """Bring every row of both tables to the present, in place."""
-        for table, shape in ((self._user, self._user_shape), (self._item, self._shape)):
-            flat, lasts = _flat(table)
+        shapes = self._user_shape, self._sizes
+        for table, (flat, lasts), shape in zip((self._user, self._item), self._tables, shapes, strict=True):
             numbers = self._numbers(table.step + 1, 1)
             rows = np.arange(len(table.rows.last), dtype=np.int32)
 
@@ -128,58 +158,37 @@ class FusedStep(nn.Module):
         else:
             self._step_with_others(workers, batch, numbers)
         self._user.step = self._item.step = self._user.step + 1
-        squares, slopes = cpu.sums(self._error, self._slope)
-        self.squared_error = torch.tensor(squares, dtype=torch.float64)
+        squares, slopes = cpu.sums(self._last.error, self._last.slope)
+        self._last.squared_error = torch.tensor(squares, dtype=torch.float64)
         return torch.tensor(squares / global_rows), torch.tensor([slopes], dtype=torch.float32)
 
     def _step_at_home(self, workers: Workers, batch: _Arrays, numbers: Floats32) -> None:
         """All rows are here: every thread goes through the whole step."""
         self._gate[0] = 0
         arguments = (
-            workers.threads, self._gate, self._shape, *batch, self._by_user.arrays, self._by_item.arrays, self._counts,
-            *_flat(self._user), *_flat(self._item), self._own, self._before, self._slope, self._error,
+            workers.threads, self._gate, self._sizes, *batch, self._by_user.arrays, self._by_item.arrays, self._counts,
+            *self._tables[USER], *self._tables[ITEM], self._own, self._before, self._last.slope, self._last.error,
             self._user_pulls, self._item_pulls, *self._shares, self._user.step, self._rules, numbers,
         )  # fmt: skip
         workers.all(lambda thread: cpu.whole_step(thread, *arguments))
 
     def _step_with_others(self, workers: Workers, batch: _Arrays, numbers: Floats32) -> None:
         """Item rows come from their owners, and their gradients go back; collective."""
-        user, item, rating = batch
-        users, items, shape, rules, now = self._by_user, self._by_item, self._shape, self._rules, self._user.step
-        num_users, num_items = cpu.group(user, *users.arrays), cpu.group(item, *items.arrays)
-        exchange = self._item.exchange(torch.from_numpy(items.rows[:num_items].astype(np.int64)))
-        mine = exchange.mine.int().numpy()
-        if len(self._mine) < len(mine):
-            self._mine = np.empty((len(mine) + len(mine) // 8, shape[1]), np.float32)
-        table, lasts = _flat(self._item)
-        workers.ranges(
-            len(mine),
-            lambda low, high: cpu.gather(shape, table, lasts, mine, low, high, self._mine, now, rules, numbers),
-        )
-        own = exchange.fetch(torch.from_numpy(self._mine[: len(mine)])).numpy()
-        user_table, user_lasts = _flat(self._user)
-
-        def user_pass(thread: int) -> None:
-            low, high = (cpu.cut(users.starts, num_users, thread + k, workers.threads) for k in (0, 1))
-            cpu.user_pass(
-                shape, user_table, user_lasts, users.rows, users.starts, users.order, low, high, items.slot, own,
-                rating, self._before, self._slope, self._error, self._user_pulls, self._shares[USER], now, rules,
-                numbers,
+        exchange, stage = self._exchange, cpu.ASK
+        assert exchange is not None
+        while stage != cpu.DONE:
+            if exchange.room > self._by_owner.room:
+                self._by_owner.reserve(exchange.room)
+            self._gate[0] = 0
+            arguments = (
+                workers.threads, self._gate, stage, self._sizes, *batch, self._by_user.arrays, self._by_item.arrays,
+                self._by_owner.arrays, self._counts, *self._tables[USER], *self._tables[ITEM], self._before,
+                self._last.slope, self._last.error, self._user_pulls, self._item_pulls, *self._shares, self._user.step,
+                self._rules, numbers, *exchange.arrays,
             )  # fmt: skip
-
-        def gradient(thread: int) -> None:
-            low, high = (cpu.cut(items.starts, num_items, thread + k, workers.threads) for k in (0, 1))
-            cpu.gradient(
-                shape, items.rows, items.starts, items.order, low, high, users.slot, own, self._before, self._slope,
-                self._item_pulls, self._shares[ITEM], numbers, self._gradient,
-            )  # fmt: skip
-
-        workers.all(user_pass)
-        workers.all(gradient)
-        total = exchange.give_back(torch.from_numpy(self._gradient[:num_items])).numpy()
-        workers.ranges(
-            len(mine), lambda low, high: cpu.update(shape, table, lasts, mine, low, high, total, now, numbers)
-        )
+            workers.all(lambda thread, arguments=arguments: cpu.step_of_ranks(thread, *arguments))  # type: ignore[misc]
+            items = self._by_item.rows[: self._counts[cpu.ITEMS]]
+            stage = exchange.bring(int(self._counts[cpu.STAGE]), items, self._counts)
 
     def _numbers(self, step: int, global_rows: int) -> Floats32:
         """``kernels.cpu.STEP_FIELDS`` of a step."""
@@ -198,16 +207,16 @@ class FusedStep(nn.Module):
         """Make room for a batch of so many ratings."""
         if ratings > self._capacity:
             self._grow(ratings)
-        self._slope, self._error = self._slopes[: ratings * self._shape[4]], self._errors[:ratings]
+        self._last.slope, self._last.error = self._slopes[: ratings * self._shape[4]], self._errors[:ratings]
 
     def _grow(self, ratings: int) -> None:
         self._capacity = ratings + ratings // 8
         self._by_user.reserve(self._capacity)
         self._by_item.reserve(self._capacity)
-        form = self.model.form
-        self._own, self._gradient = (np.empty((self._capacity, form.width), np.float32) for _ in range(2))
+        rows, form = self._capacity, self.model.form
         through_bags = form.dim + 1 if form.implicit else 0
-        self._before = np.empty((self._capacity, form.width + through_bags), np.float32)
+        self._own = cpu.row_buffer(rows, form.width)
+        self._before = cpu.row_buffer(rows, form.width + through_bags)
         self._errors = np.empty(self._capacity, np.float32)
         self._slopes = np.empty(self._capacity * self._shape[4], np.float32)
 

@@ -33,6 +33,9 @@ SETTLE_SECONDS = 0.02
 
 Holder = dict[str, Any]
 
+_held: set[str] = set()
+"""Tokens of the leases that this process holds. One that it could not remove when it ended holds nothing."""
+
 
 class LeaseLost(MfdistError):
     """Another job has taken the run directory over."""
@@ -53,6 +56,7 @@ class Lease:
 
     def __enter__(self) -> Lease:
         self._obtain()
+        _held.add(self._me["token"])
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
         return self
@@ -63,6 +67,7 @@ class Lease:
         self._stop.set()
         if self._thread:
             self._thread.join()
+        _held.discard(self._me["token"])
         with contextlib.suppress(Exception):  # a lease that stays is taken over by the next
             if self._is_mine(self._read()):
                 storage.remove(self._path)
@@ -173,6 +178,8 @@ def is_alive(holder: Holder, me: Holder) -> bool | None:
     if here and holder.get("boot") != me["boot"]:
         return False  # this host has been started again
     if here and holder.get("space") == me["space"] and me["started"] is not None:
+        if holder.get("pid") == me["pid"] and holder.get("token") not in _held:
+            return False
         return holder.get("started") == started(int(holder.get("pid", 0)))
     return False if holder.get("job") is not None and holder.get("job") == me["job"] else None
 

@@ -50,7 +50,7 @@ class RowOptimizer:
 
     def rate(self, step: int) -> float:
         """The learning rate of ``step``."""
-        return float(self._rates(np.array([step]))[0])
+        return self.lr if self.lr_schedule == "constant" else float(self._rates(np.array([step]))[0])
 
     def catch_up(self, weight: torch.Tensor, state: reference.State, last: torch.Tensor, step: int) -> None:
         """Bring gathered rows to the state after ``step``, in place; ``last`` is only read."""
@@ -62,12 +62,24 @@ class RowOptimizer:
     def update(self, weight: torch.Tensor, state: reference.State, grad: torch.Tensor, step: int) -> None:
         """Take ``step`` with ``grad`` on rows that stand after ``step - 1``, in place."""
         rate = self.rate(step)
-        if self.kind in ("adamw", "sparse_adam"):
+        if weight.numel() == 1 and weight.device.type == "cpu" and self.kind in ("adamw", "sparse_adam"):
+            self._update_one(weight, state, float(grad), step, rate)
+        elif self.kind in ("adamw", "sparse_adam"):
             reference.adamw_update(weight, state, grad, step, rate, self.weight_decay, self.betas, self.eps)
         elif self.kind == "rowwise_adagrad":
             reference.rowwise_adagrad_update(weight, state, grad, rate, self.weight_decay, self.eps)
         else:
             reference.sgd_update(weight, grad, rate, self.weight_decay)
+
+    def _update_one(self, weight: torch.Tensor, state: reference.State, grad: float, step: int, rate: float) -> None:
+        """AdamW on a single number, by Python's own: torch's calls would take longer than a small batch's kernels."""
+        (m, v), (beta1, beta2) = state, self.betas
+        first = float(m) + (1 - beta1) * (grad - float(m))
+        second = beta2 * float(v) + (1 - beta2) * grad * grad
+        denominator = math.sqrt(second / (1 - beta2**step)) + self.eps
+        weight.fill_(float(weight) * (1 - rate * self.weight_decay) - rate / (1 - beta1**step) * first / denominator)
+        m.fill_(first)
+        v.fill_(second)
 
     def _rates(self, step: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         done = np.minimum((step - 1) / max(self.total_steps, 1), 1.0)

@@ -3,6 +3,7 @@
     pause        every rank writes its tensors to the page cache, straight from the tables
     background   every rank flushes its files, reads them back for their checksums (to a URL: uploads them)
     background   once all ranks are done, rank 0 writes .metadata, state.json and COMMIT, and prunes
+    before it    where no older checkpoint's files can be overwritten, a thread makes pages for the next one's
 
 A step of the training touches rows of every part, so that a snapshot taken while it goes on would have to hold a copy
 of nearly all rows within a second. Writing to the page cache is such a copy that needs no memory of the process: the
@@ -23,9 +24,11 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from mfdist import checkpoint, shards, storage
 from mfdist.checkpoint import Entries, Retention
@@ -33,6 +36,11 @@ from mfdist.distributed import World
 from mfdist.errors import MfdistError
 
 COPY_BYTES = 1 << 23
+PAGES_BYTES = 1 << 22
+MOST_FILES = 4
+"""Of a rank in a checkpoint: as many as it has threads, up to this."""
+DISKS = ("ext2", "ext3", "ext4", "xfs", "btrfs")
+"""Filesystems on which reading a hole makes a page and moves nothing."""
 
 
 @dataclass
@@ -71,6 +79,32 @@ class Saver:
         self._may_commit = may_commit or (lambda: None)
         self._save: _Save | None = None
         self._staging: str | None = None
+        self._files = min(MOST_FILES, torch.get_num_threads())
+        self._making: threading.Thread | None = None
+        self._enough = threading.Event()
+        self._on_disk = storage.is_local(run) and _on_a_disk_here(run)
+
+    @property
+    def unprepared(self) -> bool:
+        """Whether :meth:`prepare` would do something: no checkpoint in flight, the run on a disk of this host."""
+        return not self._save and not self._making and self._on_disk
+
+    def prepare(self, tensors: shards.Tensors) -> None:
+        """See to it that the next checkpoint of these ``tensors`` finds files to overwrite, by a thread; each rank by
+        itself, once between two checkpoints (:attr:`unprepared`)."""
+        folder = storage.local_path(checkpoint.spare_of(self._run))
+        room = shards.room_of(self._world.rank, tensors, self._files)
+        missing = {name: size for name, size in room.items() if not os.path.exists(os.path.join(folder, name))}
+
+        def make() -> None:
+            with contextlib.suppress(OSError):  # the checkpoint itself will say what is wrong
+                os.makedirs(folder, exist_ok=True)
+                for name, size in missing.items():
+                    _make_pages(os.path.join(folder, name), size, self._enough)
+
+        self._enough.clear()
+        self._making = threading.Thread(target=make, name="checkpoint-pages", daemon=True)
+        self._making.start()
 
     def begin(
         self, step: int, tensors: shards.Tensors, state: dict[str, Any], chosen: int | None
@@ -90,8 +124,8 @@ class Saver:
         if self._world.any(save.failure is not None):
             self._raise_failure()
         with _noting(save):
-            local = self._local_folder(save.folder)
-            save.places = shards.write(local, self._world.rank, tensors)
+            local = self._local_folder(save.folder, shards.room_of(self._world.rank, tensors, self._files))
+            save.places = shards.write(local, self._world.rank, tensors, self._files)
             self._start(save, lambda: self._finish_files(save, local))
         save.pause_seconds = float(self._world.max([time.monotonic() - began])[0])
         return earlier
@@ -127,6 +161,7 @@ class Saver:
 
     def wait(self) -> dict[str, Any] | None:
         """Wait for the checkpoint in flight, if there is one, and return what :meth:`advance` does. Collective."""
+        self._stop_making()
         done = None
         while self._save is not None and done is None:
             if self._save.thread:
@@ -135,7 +170,8 @@ class Saver:
         return done
 
     def close(self) -> None:
-        """Let this rank's thread end; for every way out. What is not committed by then never existed."""
+        """Let this rank's threads end; for every way out. What is not committed by then never existed."""
+        self._stop_making()
         if self._save and self._save.thread:
             self._save.thread.join()
         self._save = None
@@ -144,16 +180,22 @@ class Saver:
 
     # Inside ----------------------------------------------------------------------------------------
 
-    def _local_folder(self, folder: str) -> str:
-        """Where this rank writes: ``folder`` itself, with the spare file in it, or a temporary one to upload from."""
+    def _local_folder(self, folder: str, files: Iterable[str]) -> str:
+        """Where this rank writes: ``folder``, with the spare ``files`` in it, or a temporary one to upload from."""
         if not storage.is_local(folder):
             self._staging = self._staging or tempfile.mkdtemp("-mfdist")
             return self._staging
-        name = shards.file_of(self._world.rank)
-        spare = os.path.join(storage.local_path(checkpoint.spare_of(self._run)), name)
-        if os.path.exists(spare):
-            os.rename(spare, os.path.join(storage.local_path(folder), name))
+        for name in files:
+            spare = os.path.join(storage.local_path(checkpoint.spare_of(self._run)), name)
+            if os.path.exists(spare):
+                os.rename(spare, os.path.join(storage.local_path(folder), name))
         return storage.local_path(folder)
+
+    def _stop_making(self) -> None:
+        if self._making:
+            self._enough.set()
+            self._making.join()
+            self._making = None
 
     def _start(self, save: _Save, work: Callable[[], None]) -> None:
         def guarded() -> None:
@@ -209,6 +251,27 @@ def _said(error: Exception) -> str:
         return str(error)
     text = str(error).strip() or type(error).__name__
     return storage.redact(f"{type(error).__name__}: {text.splitlines()[0][:300]}")
+
+
+def _make_pages(path: str, size: int, enough: threading.Event) -> None:
+    """Make a file of zeros without blocks on the disk, and read it: overwriting it needs no new pages then."""
+    with open(path, "wb+", buffering=0) as stream:
+        stream.truncate(size)
+        buffer = bytearray(PAGES_BYTES)
+        while not enough.is_set() and stream.readinto(buffer):
+            pass
+
+
+def _on_a_disk_here(run: str) -> bool:
+    """Whether a local path lies on one of ``DISKS``."""
+    try:
+        device = os.stat(storage.local_path(run)).st_dev
+        with open("/proc/self/mountinfo") as stream:
+            lines = [line.split() for line in stream]
+    except OSError:
+        return False
+    name = f"{os.major(device)}:{os.minor(device)}"
+    return any(words[2] == name and words[words.index("-") + 1] in DISKS for words in lines)
 
 
 def _flush(path: str) -> None:

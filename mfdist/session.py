@@ -24,7 +24,7 @@ from mfdist.distributed import World
 from mfdist.embedding import ReplicatedTable, Rows, ShardedTable, Table, item_layout, user_layout
 from mfdist.errors import DataError, MfdistError, UsageError
 from mfdist.fused import FusedStep
-from mfdist.loader import Loader
+from mfdist.loader import Loader, available_bytes
 from mfdist.log import Console, MetricsLog
 from mfdist.model import ITEM_TABLE, MF, USER_TABLE, MFAdvanced
 from mfdist.objective import Floats32, Objective, shares_of
@@ -110,7 +110,7 @@ def build(
         model = MFAdvanced(form, user, item, manifest.global_mean if config.offset == "mean" else None)
     objective = config.objective()
     shares = _shares(dataset, user) if objective.penalised or form.implicit else None
-    fused = fast_step(config, model, optimizer, objective, shares)
+    fused = fast_step(config, model, optimizer, objective, shares, loader.num_rows)
     replica = world.replicate(fused or model)
     ranks = f"{world.size} {'rank' if world.size == 1 else 'ranks'} on {world.device.type}"
     tables = "whole on each rank" if config.sharding == "replicated" else "cut by rows"
@@ -120,6 +120,8 @@ def build(
         f"{manifest.num_items:,} items, order {manifest.order}; {config.model}, {loader.num_steps:,} steps of "
         f"{config.batch_size:,} an epoch, {ranks}, tables {tables}, {kernels if fused else 'torch autograd'}"
     )
+    if world.size > 1 and isinstance(fused, FusedStep):
+        console.info(f"item rows go between the ranks through {fused.transport}")
     if replica is (fused or model) and world.size > 1:
         console.info("nothing is replicated in this model, so it runs without DistributedDataParallel")
     assert config.run is not None
@@ -133,14 +135,14 @@ def build(
 
 
 def fast_step(
-    config: TrainConfig, model: MF, optimizer: RowOptimizer, objective: Objective, shares: Shares | None
+    config: TrainConfig, model: MF, optimizer: RowOptimizer, objective: Objective, shares: Shares | None, ratings: int
 ) -> FusedStep | GpuStep | None:
     """The step by kernels: numba's on a CPU, Triton's on a GPU; None where tables are whole, where Triton is missing
-    and where its kernels do not have the model."""
+    and where its kernels do not have the model. ``ratings``: of an epoch, over all ranks."""
     if config.sharding == "replicated":
         return None
     if model.user.world.device.type == "cpu":
-        return FusedStep(model, optimizer, objective, torch.get_num_threads(), shares)
+        return FusedStep(model, optimizer, objective, torch.get_num_threads(), shares, ratings)
     if model.form.members or model.form.implicit or importlib.util.find_spec("triton") is None:
         return None
     from mfdist.fused_gpu import GpuStep
@@ -326,6 +328,16 @@ def save(session: Session) -> None:
 def look_after_save(session: Session, busy: float, failed: float) -> None:
     """Go on with the checkpoint in flight, given the maximum of the ranks' ``saver.flags()``."""
     _record(session, session.saver.advance(busy, failed))
+    if session.saver.unprepared and _is_near(session):
+        tensors = checkpoint_tensors(session, every_part=False)
+        if sum(tensor.nbytes for tensor in tensors.values()) < available_bytes() // 4:
+            session.saver.prepare(tensors)
+
+
+def _is_near(session: Session) -> bool:
+    """Whether half of the way to the next checkpoint is gone: a short run never makes pages for one."""
+    cadence = session.config.checkpoint_every
+    return not cadence.endswith("m") or time.monotonic() - session.saved_at > 30 * int(cadence[:-1])
 
 
 def wait_for_save(session: Session) -> None:

@@ -28,8 +28,9 @@ class StopWatch:
         self._previous: dict[signal.Signals, Any] = {}
         if max_minutes is not None:
             self._deadlines.append((time.time() + 60 * max_minutes, f"--max-minutes {max_minutes:g} are over"))
-        if end := os.environ.get("SLURM_JOB_END_TIME"):
-            self._deadlines.append((float(end) - DEADLINE_MARGIN_SECONDS, "the Slurm job's time is nearly over"))
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        if end.isdigit():  # a partition without a limit may say anything else
+            self._deadlines.append((int(end) - DEADLINE_MARGIN_SECONDS, "the Slurm job's time is nearly over"))
 
     def reason(self) -> str | None:
         """Why this rank should stop, or None."""

@@ -18,6 +18,8 @@ import fsspec
 import pyarrow.fs as pafs
 from fsspec.core import url_to_fs
 
+from mfdist import errors
+
 
 def is_local(path: str) -> bool:
     """Whether ``path`` names the local disk (no protocol, or ``file://``)."""
@@ -166,9 +168,6 @@ def write_text(path: str, content: str) -> None:
     write_bytes(path, content.encode())
 
 
-_SECRET_KEY = re.compile(r"(?i)([?&;](?:[^=&;]*(?:key|token|secret|password|signature|sig|credential)[^=&;]*)=)[^&;]*")
-
-
 def redact(path: str) -> str:
-    """``path`` without user, password and secret query values: fit for logs, configs and reports."""
-    return _SECRET_KEY.sub(r"\1***", re.sub(r"://[^/@]*@", "://***@", path))
+    """``path``, or a text with URLs in it, as it is fit for logs, configs and reports: see ``errors.redact``."""
+    return errors.redact(path)

@@ -78,7 +78,7 @@ class TrainConfig:
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     sharding: str = flag(
         "auto",
-        "tables cut by rows over the ranks, or whole on each; auto is row",
+        "tables cut by rows over the ranks, or whole on each; auto is row, the faster at every size measured",
         choices=("auto", "row", "replicated"),
     )
     wire_dtype: str = flag("fp32", "number format of item rows and gradients between ranks", choices=("fp32", "bf16"))

@@ -277,6 +277,7 @@ def count_wire(flags: argparse.Namespace) -> None:
     """Some steps on all ranks; rank 0 prints the bytes that left any rank for another one, as JSON."""
     torch.set_num_threads(1)
     with World.open("cpu") as world:
+        world.may_share = False  # as if each rank had a host of its own
         sent = count_all_to_all(world)
         with open_session(flags, world) as session:
             sent[0], rows = 0, 0

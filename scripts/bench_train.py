@@ -214,7 +214,7 @@ def ours(dataset: Dataset, kind: str, batches: Sequence[Batch], flags: Any) -> f
         from mfdist.fused_gpu import GpuStep
 
         step = GpuStep(model, optimizer, Objective())
-    step = step or FusedStep(model, optimizer, Objective(), flags.threads)
+    step = step or FusedStep(model, optimizer, Objective(), flags.threads, ratings=_rows(batches))
     try:
         for _warm_up_then_timed in range(2):
             began = time.perf_counter()

@@ -14,13 +14,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from jobs import train as job
-from mfdist import checkpoint, distributed, optim, saver, shards, train, validate
+from mfdist import checkpoint, exchange, optim, saver, shards, train, validate
 
 POINTS = {
     "first step": (train, "train_step"),  # COUNT 1
     "step": (train, "train_step"),
     "mid-step": (optim.RowOptimizer, "update"),  # the offset's: the tables have moved, it has not
-    "exchange": (distributed.World, "all_to_all"),
+    "exchange": (exchange.SharedExchange, "bring"),
     "check": (train, "_check"),
     "before shard": (shards, "write"),
     "in shard": (shards, "_exact"),

@@ -108,13 +108,15 @@ class Pods:
         self.starts[index] = self.starts.get(index, 0) + 1
 
     def kill(self, index: int) -> None:
-        """SIGKILL to every process of the pod, as when its node is lost."""
+        """SIGKILL to every process of the pod, as when its node is lost; also from beside :meth:`control`, which may
+        have replaced the pod by the time that this returns."""
+        process = self.processes.get(index)
         found = subprocess.run(["ip", "netns", "pids", self.namespace(index)], capture_output=True, text=True)
         for pid in found.stdout.split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
-        if index in self.processes:
-            self.processes[index].wait()
+        if process is not None:
+            process.wait()
 
     def control(self, seconds: float, disrupted: set[int] | None = None) -> str:
         """Start and replace pods until the job is "Complete" or "Failed"; pods in ``disrupted`` died of no fault."""

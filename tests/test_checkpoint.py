@@ -149,6 +149,60 @@ def test_a_snapshot_is_what_the_tensors_were_when_it_began(tmp_path, monkeypatch
     assert one.wait() is None
 
 
+@pytest.mark.parametrize("files", [1, 2, 5, 9])
+def test_several_files_of_a_rank_hold_what_one_does(tmp_path, files):
+    rng = np.random.default_rng(3)
+    sizes = (1000, 1, 700, 0, 300, 300)
+    tensors = {f"user.part-{k:05d}.rows": torch.from_numpy(rng.random((n, 8), np.float32)) for k, n in enumerate(sizes)}
+    tensors["offset"] = torch.ones(1)
+    places = shards.write(str(tmp_path), 3, tensors, files)
+    assert {place.file for place in places} == {f"__3_{k}.distcp" for k in range(min(files, len(tensors)))}
+    assert {place.name for place in places} == set(tensors)
+    if files == 2:
+        held = [os.path.getsize(tmp_path / f"__3_{k}.distcp") for k in range(2)]
+        assert max(held) < 1.3 * min(held)
+    shards.write_metadata(str(tmp_path / ".metadata"), places)
+    got = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    shards.read(str(tmp_path), got)
+    assert all(torch.equal(got[name], tensors[name]) for name in tensors)
+
+
+def test_a_checkpoint_is_written_over_the_files_that_were_made_for_it(tmp_path, monkeypatch):
+    world, run = World.alone(), str(tmp_path)
+    monkeypatch.setattr(saver, "_on_a_disk_here", lambda run: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    one = saver.Saver(run, world, Retention(1))
+    tensors = tensors_of(world) | {"user.part-00001.rows": torch.ones(900, 8)}
+    assert one.unprepared
+    one.prepare(tensors)
+    assert not one.unprepared
+    one._making.join()
+    made = {name: os.stat(tmp_path / "checkpoints/spare" / name).st_ino for name in ("__0_0.distcp", "__0_1.distcp")}
+    one.begin(1, tensors, {}, None)
+    one.wait()
+    folder = checkpoint.folder_of(run, 1)
+    assert {name: os.stat(os.path.join(folder, name)).st_ino for name in made} == made
+    assert checkpoint.verify(folder) == [] and os.listdir(tmp_path / "checkpoints/spare") == []
+    got = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    shards.read(folder, got)
+    assert all(torch.equal(got[name], tensors[name]) for name in tensors)
+    one.close()
+
+
+def test_making_files_ahead_ends_with_the_run_and_its_failure_is_none_of_the_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(saver, "_on_a_disk_here", lambda run: True)
+    monkeypatch.setattr(saver, "PAGES_BYTES", 1)
+    one = saver.Saver(str(tmp_path), World.alone(), Retention(1))
+    one.prepare({"w": torch.ones(10_000_000)})
+    began = time.monotonic()
+    one.close()
+    assert time.monotonic() - began < 5
+    monkeypatch.setattr(saver, "_make_pages", lambda *rest: refuse())
+    one.prepare({"w": torch.ones(10)})
+    one.begin(1, {"w": torch.ones(10)}, {}, None)
+    assert one.wait()["step"] == 1
+
+
 def break_rank_1(world, run, where):
     """Two saves, the second fails on rank 1 only; returns what each rank hears, and the steps that stand."""
     if world.rank == 1:
@@ -219,6 +273,10 @@ def test_pruning_keeps_the_last_every_nth_and_the_chosen(tmp_path):
     got = {"w0": torch.zeros(3), "user.part-00000.rows": torch.zeros(1000, 8)}
     shards.read(checkpoint.folder_of(str(tmp_path), 11), got)
     assert (got["user.part-00000.rows"] == 11).all()
+
+
+def test_files_are_made_ahead_on_a_disk_alone():
+    assert not saver._on_a_disk_here("/proc") and not saver._on_a_disk_here("/no/such/folder")
 
 
 def test_keep_every_of_a_run(data, tmp_path):

@@ -101,10 +101,9 @@ MATRIX = [
 @pytest.mark.parametrize(("point", "rank", "count"), MATRIX, ids=lambda value: str(value).replace(" ", "-"))
 def test_kill_at_a_named_point(data, expected, tmp_path, point, rank, count):
     run = tmp_path / "run"
-    began = time.monotonic()
     assert start(data, run, fault=f"{point} {rank} {count} {tmp_path}").wait(240) == 1
     assert (tmp_path / "fault").exists(), f"{point} was never reached"
-    assert time.monotonic() - began < 60
+    assert time.time() - (tmp_path / "fault").stat().st_mtime < 30  # a dead rank ends the others soon
     log = log_of(run)
     assert log.count("Root Cause") == 1 and "Signal 9 (SIGKILL)" in log.split("Root Cause")[1], log
     assert log.count("Traceback") == 0 and log.count("the contact to another rank of this job was lost") <= 1, log

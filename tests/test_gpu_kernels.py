@@ -220,7 +220,7 @@ def small_config(data, run, **values):
 
 def train_on_gpu_kernels(world, configs):
     """Whole runs with the GPU's step, whatever the device; module level for the spawned ranks."""
-    sessions.fast_step = lambda config, model, optimizer, objective, shares: gpu_step(
+    sessions.fast_step = lambda config, model, optimizer, objective, shares, _ratings: gpu_step(
         model, optimizer, objective, shares
     )
     return [train(config, world, QUIET) for config in configs]

@@ -171,7 +171,7 @@ def run_pods(folder: Path, kill: int | None, nproc: str = "1", settings: str = "
         if kill is not None:
             thread.start()
         try:
-            verdict = pods.control(400, disrupted)
+            verdict = pods.control(900, disrupted)
         finally:
             over.set()
             if kill is not None:

@@ -17,16 +17,16 @@ PACKAGE = ROOT / "mfdist"
 # order, separated by "/": a later place of the same layer may import an earlier one.
 LAYERS = (
     "errors ids text_rows objective / storage / config metrics log schedule shuffle kernels",
-    "distributed launch dataset stopping lease",
+    "shared / distributed launch dataset stopping lease",
     "card degrees reading prefetch sources spill optim shards dataset_report "
     "/ checkpoint / saver planted assembly layouts split lanes embedding export amend blocks / twin device_feed "
-    "vocabulary prepare_config "
+    "vocabulary prepare_config exchange "
     "json_rows table_rows / synthesize loader readers / ingest / counting / assemble baseline / survey / append "
     "/ compact / prepare",
     "model builtin",
     "floors ranking train_config run_directory housekeeping report fused / fused_gpu evaluate recommend validate "
-    "plan / baseline_run",
-    "session api / finish / train",
+    "/ baseline_run",
+    "session api / finish / train / calibration / plan",
 )
 
 

@@ -114,3 +114,12 @@ def test_a_directory_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch)
     monkeypatch.setattr(lease.storage, "write_text", refuse)
     with pytest.raises(MfdistError, match=r"cannot be written .Read-only file system"):
         Lease(str(tmp_path), print).__enter__()
+
+
+def test_a_lease_that_could_not_be_removed_does_not_hold_up_its_own_process(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(lease.storage, "remove", lambda path: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+        take(tmp_path)
+    assert (tmp_path / "lease.json").exists()
+    with Lease(str(tmp_path), print), pytest.raises(MfdistError, match=f"in use by process {os.getpid()}"):
+        take(tmp_path)

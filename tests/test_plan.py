@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +17,12 @@ import torch
 from datasets import make_dataset
 from ranks import run_ranks
 
-from mfdist import plan
+from mfdist import calibration, plan
+from mfdist.calibration import Trial
 from mfdist.dataset import Dataset
 from mfdist.distributed import World
 from mfdist.embedding import ReplicatedTable, ShardedTable, item_layout, user_layout
-from mfdist.errors import UsageError
+from mfdist.errors import MfdistError, UsageError
 from mfdist.loader import Loader
 
 
@@ -86,7 +93,7 @@ def wire_of_a_step(world: World, path: str, batch_size: int) -> float:
             table(batch.item).sum().backward()
             first, end = layout.ranges_of(world.rank)[0][0], layout.ranges_of(world.rank)[-1][1]
             asked = torch.unique(batch.item)
-            ids += 8 * int(((asked < first) | (asked >= end)).sum())
+            ids += 4 * int(((asked < first) | (asked >= end)).sum())
             table.apply_gradient()
         return (table.wire_bytes + ids) / (loader.num_rows // batch_size)
 
@@ -105,17 +112,67 @@ def test_expected_unique() -> None:
     assert plan.expected_unique(counts, 300) == pytest.approx(np.mean(drawn), rel=0.02)
 
 
-def test_the_job_prints_a_column_for_each_number_of_ranks(
-    dataset: Dataset, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+
+
+def planned(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[str]:
+    monkeypatch.syspath_prepend(str(ROOT))
     from jobs import plan as job
 
-    code = job.main(["--data", dataset.path, "--ranks", "1,2", "--calibrate-seconds", "0.05", "--batch-size", "256"])
-    lines = capsys.readouterr().out.splitlines()
-    assert code == 0
-    assert lines[0].split() == ["ranks", "1", "2"]
-    assert next(line for line in lines if line.startswith("an epoch")).count(" s") == 2
+    assert job.main([*flags, "--calibrate-seconds", "0.05"]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_job_prints_a_column_for_each_number_of_ranks_and_what_it_measured(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--data", dataset.path, "--batch-size", "256", "--run", str(tmp_path / "run"), "--ranks-per-host", "2"]
+    lines = planned(capsys, monkeypatch, *flags, "--ranks", "1,2,5")
+    assert lines[0].split() == ["ranks", "1", "2", "5"] and lines[1].split() == ["hosts", "1", "1", "3"]
+    assert next(line for line in lines if line.startswith("an epoch")).count(" s") == 3
+    said = [line for line in lines if line.startswith("measured for")]
+    assert [line.split(" of ")[0] for line in said] == [
+        "measured for 1: 1 process", "measured for 2: 2 processes", "measured for 5: 2 processes"
+    ]  # fmt: skip
+    assert "500 validation rows" in said[1] and os.listdir(tmp_path) == []
+
+
+def test_tables_of_which_a_part_fits_are_planned_by_fewer_lanes(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, config = dataset.manifest, config_of(dataset)
+    row = plan.bytes_of_row(config, config.form(manifest).width)
+    trial = Trial(ranks=2, processes=2, lanes=None, seconds=1.0)
+    need = {
+        lanes: row * (manifest.num_items + sum(lane.num_users for lane in share.lanes))
+        for lanes in (1, 2, 3)
+        for share in [calibration.share_of(manifest, dataclasses.replace(trial, lanes=lanes))]
+    }
+    for lanes, bytes_needed in need.items():
+        assert calibration.lanes_that_fit(config, manifest, trial, row, bytes_needed) == lanes
+    assert calibration.lanes_that_fit(config, manifest, trial, row, need[1] - 1) is None
+    monkeypatch.setattr(plan, "available_bytes", lambda: 2 * need[2])
+    lines = planned(capsys, monkeypatch, "--data", dataset.path, "--batch-size", "256", "--ranks", "2")
+    assert "2 lanes each" in lines[-1]
+    monkeypatch.setattr(plan, "available_bytes", lambda: 2 * need[1] - 2)
+    lines = planned(capsys, monkeypatch, "--data", dataset.path, "--batch-size", "256", "--ranks", "2")
+    assert next(line for line in lines if line.startswith("an epoch")).split()[-1] == "-"
+
+
+def test_the_processes_of_a_trial_have_the_lanes_and_the_share_of_a_batch_of_their_ranks(dataset: Dataset) -> None:
+    manifest = dataset.manifest
+    assert calibration.share_of(manifest, Trial(ranks=2, processes=2, lanes=None, seconds=1)).lanes == manifest.lanes
+    part = calibration.share_of(manifest, Trial(ranks=3, processes=2, lanes=None, seconds=1))
+    assert part.lanes == manifest.lanes[:4]  # 2, 2 and 3 lanes
+    assert part.num_ratings["train"] == sum(lane.train_rows for lane in manifest.lanes[:4])
+    few = calibration.share_of(manifest, Trial(ranks=2, processes=2, lanes=2, seconds=1))
+    assert few.lanes == manifest.lanes[:2] + manifest.lanes[3:5]
+
+
+def test_a_calibration_that_fails_is_a_sentence(dataset: Dataset, tmp_path: Path) -> None:
+    config = config_of(dataset, calibrate_seconds=0.05, ranks=(1,), init_from=str(tmp_path / "nothing"))
+    with pytest.raises(MfdistError, match=r"the calibration failed: .*nothing.* --calibrate-seconds 0 plans without"):
+        plan.plan(config)
 
 
 def test_more_ranks_than_lanes_and_no_data_are_refused(dataset: Dataset) -> None:
@@ -135,3 +192,54 @@ def test_checkpoint_bytes(dataset: Dataset, tmp_path: Path) -> None:
     files = [path for path in run.glob("checkpoints/*/*") if path.suffix == ".distcp"]
     planned = plan.plan_for(config, dataset, 1).checkpoint_bytes
     assert planned <= sum(path.stat().st_size for path in files) <= 1.25 * planned + 200_000
+
+
+# At Electronics' size -----------------------------------------------------------------------------
+
+EPOCHS = "4"
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The synthetic file of Electronics' size, prepared; MFDIST_TEST_TWIN names one that stands already."""
+    if found := os.environ.get("MFDIST_TEST_TWIN"):
+        return found
+    folder = tmp_path_factory.mktemp("twin")
+    run_job("synthesize.py", "--preset", "electronics", "--out", str(folder / "ratings.csv"))
+    run_job("prepare.py", str(folder / "ratings.csv"), "--out", str(folder / "data"))
+    return str(folder / "data")
+
+
+def run_job(name: str, *flags: str, launch: tuple[str, ...] = ()) -> float:
+    """Seconds that a job takes."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, *launch, f"jobs/{name}", *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return time.monotonic() - began
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_memory_within_15_and_time_within_30_percent_of_a_training(twin: str, tmp_path: Path, ranks: int) -> None:
+    """For a machine that does nothing else: plan, train, compare."""
+    run = tmp_path / "run"
+    flags = ["--data", twin, "--run", str(run), "--epochs", EPOCHS, "--device", "cpu"]
+    config = plan.PlanConfig(data=twin, run=str(run), epochs=int(EPOCHS), ranks=(ranks,))
+    began = time.monotonic()
+    (made,) = plan.plan(config)
+    planning = time.monotonic() - began
+    launch = ("-m", "mfdist.launch", "--standalone", f"--nproc-per-node={ranks}")
+    seconds = run_job("train.py", *flags, launch=launch)
+    report = json.loads((run / "report.json").read_text())
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    ends = [record["time"] for record in records if record["kind"] == "epoch"]
+    epoch = (ends[-1] - ends[0]) / (len(ends) - 1)
+    assert made.times is not None
+    figures = {
+        "memory, GB": (made.memory_bytes / 1e9, report["peak_rss_bytes"] / 1e9),
+        "an epoch, s": (made.times.epoch, epoch), "all of it, s": (made.times.total, seconds),
+    }  # fmt: skip
+    shown = "; ".join(f"{name}: planned {p:.2f}, found {f:.2f}" for name, (p, f) in figures.items())
+    print(f"{ranks} ranks, planned in {planning:.1f} s. {shown}\n{plan.format_plans([made], config)}")
+    assert made.memory_bytes == pytest.approx(report["peak_rss_bytes"], rel=0.15), shown
+    assert made.times.epoch == pytest.approx(epoch, rel=0.3), shown
+    assert made.times.total == pytest.approx(seconds, rel=0.3), shown

@@ -309,3 +309,21 @@ def test_bench_scale_goes_on_where_it_was(tmp_path: Path) -> None:
     began = time.monotonic()
     assert "wire" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert time.monotonic() - began < 20  # imports, and nothing measured again
+
+
+# scripts/bench_checkpoint.py ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_bench_checkpoint_tells_the_pause_from_a_synchronous_one_and_stops_with_75(tmp_path: Path) -> None:
+    from datasets import make_dataset
+
+    data = make_dataset(tmp_path / "data", rows=40_000, lanes=4, val_rows=400).path
+    command = [sys.executable, str(ROOT / "scripts/bench_checkpoint.py"), "--data", data, "--ranks", "1", "2",
+               "--every", "40", "--saves", "3", "--batch-size", "500", "--folder", str(tmp_path), "--json",
+               str(tmp_path / "found.json")]  # fmt: skip
+    subprocess.run(command, check=True)
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [row["ranks"] for row in rows] == [1, 2]
+    assert all(row["bytes"] > 100_000 and row["share"] > 0 and 0 < row["sigterm_seconds"] < 60 for row in rows)
+    assert sorted(os.listdir(tmp_path)) == ["data", "found.json"]

@@ -84,7 +84,7 @@ def submit(cluster: Cluster, folder: Path, run: Path, *flags: str, options: tupl
 @pytest.mark.slow
 def test_warning_checkpoint_75_requeue_completed_and_equal(cluster: Cluster, tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "data", rows=40_000, val_rows=4_000, lanes=4).path
-    flags = ["--data", data, *TRAIN]
+    flags = ["--data", data, *TRAIN, "--checkpoint-every", "100"]
     plain = submit(cluster, tmp_path, tmp_path / "plain", *flags)
     assert cluster.wait_for_end(plain)["JobState"] == "COMPLETED"
     run = tmp_path / "stopped"

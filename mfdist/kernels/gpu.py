@@ -620,21 +620,21 @@ def shape_of(dim: int, bias: bool, kind: int, state: int, sigmoid: bool, penalis
 def step_table(rules: AdamRules, betas: tuple[float, float], weight_decay: float) -> np.typing.NDArray[np.float32]:
     """float32 (steps + 1, STEP_COLUMNS): of each step, amplitude and spread, the rule as a fraction (c, p0..p3,
     q1..q4), and the pace of the step itself: -lr wd, lr / (1 - b1^t), 1 / sqrt(1 - b2^t), lr; one column is free."""
-    by_step = cpu.rule_arrays(rules)[0]
-    t = np.arange(len(by_step))
+    t = np.arange(len(rules.amplitude))
     rate = rules.amplitude * (1 - rules.betas[0] ** t)
     safe = np.maximum(t, 1)
     pace = (-rate * weight_decay, rate / (1 - betas[0] ** safe), 1 / np.sqrt(1 - betas[1] ** safe), rate)
-    return np.column_stack([by_step[:, cpu.AMPLITUDE :], *pace, 0 * rate]).astype(np.float32)
+    return np.column_stack([rules.amplitude, rules.spread, rules.ratios(), *pace, 0 * rate]).astype(np.float32)
 
 
 def rules_on(
     device: torch.device, rules: AdamRules, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> tuple[Any, ...]:
     """The kernels' ``rules``: log_decay float64 (steps + 1,), :func:`step_table`, by_gap float32 (steps + 1, 4) (powers
-    of the betas, the root of the second), early float32 (plain_below, 2, NODES), horizon, plain_below, eps, 1 - betas.
+    of the betas, the root of the second), early float32 (plain_below + horizon, 2, NODES), horizon, plain_below, eps,
+    1 - betas.
     """
-    _by_step, powers, early, horizon, plain_below = cpu.rule_arrays(rules)
+    _by_step, powers, _ratios, early, horizon, plain_below = cpu.rule_arrays(rules)
     by_gap = np.column_stack([powers, np.sqrt(powers[:, 1]), np.zeros(len(powers))])
     arrays = (rules.log_decay, step_table(rules, betas, weight_decay), by_gap.astype("f4"), early.astype("f4"))
     tables = [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]

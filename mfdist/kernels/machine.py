@@ -8,7 +8,7 @@ from typing import Any
 
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 
 def _prefetch(write: int) -> Any:
@@ -72,6 +72,24 @@ def _arrived(typingctx: Any, gate: Any) -> Any:
     return types.int64(gate), generate
 
 
+def constants(numbers: tuple[int, ...]) -> tuple[tuple[None, ...], ...]:
+    """Numbers of at least -1 written as lengths of tuples: part of an argument's type, so constants to the compiler."""
+    return tuple((None,) * (number + 1) for number in numbers)
+
+
+def numbers_of(written: Any) -> Any:
+    """In a kernel: the numbers of :func:`constants`, or of a tuple of integers as it is."""
+    raise NotImplementedError("only compiled code calls this")
+
+
+@overload(numbers_of, inline="always", strict=False)
+def _numbers_of(written: Any) -> Any:
+    if all(isinstance(each, types.Integer) for each in written):
+        return lambda written: written
+    a, b, c, d, e, f, g = (len(each) - 1 for each in written)
+    return lambda written: (a, b, c, d, e, f, g)
+
+
 _yield_processor: Any = types.ExternalFunction("sched_yield", types.int32())
 SPINS = 2000
 """Looks at the gate before the processor is offered to somebody else."""
@@ -80,8 +98,14 @@ SPINS = 2000
 prefetch: Any = _prefetch(1)
 prefetch_read: Any = _prefetch(0)
 bare: Any = _bare
-arrive: Any = _arrive
 arrived: Any = _arrived
+_add_one: Any = _arrive
+
+
+@njit(nogil=True, cache=True)
+def arrive(gate: Any) -> None:
+    """Add one to ``gate[0]`` (int64); what was written before is seen by whoever sees that."""
+    _add_one(gate)
 
 
 @njit(nogil=True, cache=True)
@@ -93,6 +117,25 @@ def wait_for_all(gate: Any, aim: Any) -> None:
         spins += 1
         if spins > SPINS:
             _yield_processor()
+
+
+LOOKS = 1000
+"""Looks at other ranks' signals, the processor offered to somebody else after each."""
+
+
+@njit(nogil=True, cache=True)
+def arrived_at(lines: Any, aim: Any) -> bool:
+    """Whether ``lines[r, 0]`` (int64) of every rank r comes to ``aim``; gives up after some looks."""
+    spins = 0
+    for rank in range(lines.shape[0]):
+        line = lines[rank]
+        while arrived(line) < aim:
+            spins += 1
+            if spins > SPINS + LOOKS:
+                return False
+            if spins > SPINS:
+                _yield_processor()
+    return True
 
 
 class Workers:
