@@ -44,7 +44,12 @@ def finish(session: Session) -> dict[str, Any]:
         wall_seconds=progress.wall_seconds + time.monotonic() - session.started,
         peak_rss_bytes=int(peak[0]), peak_device_bytes=int(peak[1]),
     )  # fmt: skip
+    doubt = doubt_about(found, config.lr, config.epochs)
+    if doubt:
+        session.console.warn(doubt)
     if world.is_main:
+        if doubt:
+            session.metrics.write("warning", step=progress.step, epoch=progress.epoch, text=doubt)
         storage.remove(checkpoint.spare_of(session.run))
         session.metrics.write("finish", step=progress.step, epoch=progress.epoch, wall_seconds=found["wall_seconds"])
         session.metrics.publish()
@@ -59,6 +64,17 @@ def finish(session: Session) -> dict[str, Any]:
         )
     world.barrier()
     return found
+
+
+def doubt_about(found: dict[str, Any], lr: float, epochs: int) -> str:
+    """Why the result of a report should not be believed in; '' where nothing speaks against it."""
+    rmse, floor = found["final"]["val_rmse_clipped"], found["floors"]["bias"]["rmse"]
+    if rmse is None or floor is None or rmse <= floor:
+        return ""
+    return (
+        f"RMSE {rmse:.4f} (clipped) is worse than {floor:.4f}, that of user and item biases alone: --lr {lr:g} is too "
+        f"high or too low for this data, or --epochs {epochs} too many or too few."
+    )
 
 
 def export_model(session: Session) -> None:

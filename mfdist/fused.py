@@ -72,7 +72,7 @@ class FusedStep(nn.Module):
         self, model: MF, optimizer: RowOptimizer, objective: Objective, threads: int,
         shares: tuple[Floats32, Floats32] | None = None, ratings: int = 0,
     ) -> None:  # fmt: skip
-        """``shares``: with a penalty, ``objective.shares_of`` this rank's user rows, and of all items.
+        """``shares``: with a penalty or bags, ``objective.shares_of`` this rank's user rows, and of all items.
 
         ``ratings``: of an epoch; kernels are compiled for this very shape of a row where they have that much to do.
         """
@@ -85,9 +85,12 @@ class FusedStep(nn.Module):
         nothing = np.empty((2, 0), np.float32)
         self._sizes = constants(self._shape) if ratings >= OWN_KERNELS_RATINGS else self._shape
         self._shares = shares or (nothing[0], nothing[0])
-        assert bool(shares) == objective.penalised
+        assert bool(shares) == (objective.penalised or form.implicit > 0)
+        stride = cpu.stride_with_bag(self._shape)
+        self._user_shape: Any = (*self._shape[:2], stride, *self._shape[3:]) if form.implicit else self._sizes
         self._user_pulls, self._item_pulls = (
-            objective.pulls(side, form.dim, form.width, form.members) if shares else nothing for side in (USER, ITEM)
+            objective.pulls(side, form.dim, form.width, form.members) if objective.penalised else nothing
+            for side in (USER, ITEM)
         )
         self._rules = cpu.rule_arrays(optimizer.rules)
         self._workers = Workers(threads)
@@ -129,16 +132,17 @@ class FusedStep(nn.Module):
 
     def settle(self) -> None:
         """Bring every row of both tables to the present, in place."""
-        for table, (flat, lasts) in zip((self._user, self._item), self._tables, strict=True):
+        shapes = self._user_shape, self._sizes
+        for table, (flat, lasts), shape in zip((self._user, self._item), self._tables, shapes, strict=True):
             numbers = self._numbers(table.step + 1, 1)
             rows = np.arange(len(table.rows.last), dtype=np.int32)
 
             def settle(low: int, high: int, flat: Any = flat, lasts: Any = lasts, rows: Any = rows,
-                       numbers: Any = numbers, now: int = table.step) -> None:  # fmt: skip
+                       numbers: Any = numbers, now: int = table.step, shape: Any = shape) -> None:  # fmt: skip
                 out = np.empty((SETTLE_ROWS, self.model.form.width), np.float32)
                 for first in range(low, high, SETTLE_ROWS):
                     part = rows[first : min(first + SETTLE_ROWS, high)]
-                    cpu.gather(self._sizes, flat, lasts, part, 0, len(part), out, now, self._rules, numbers)
+                    cpu.gather(shape, flat, lasts, part, 0, len(part), out, now, self._rules, numbers)
 
             self._workers.ranges(len(rows), settle)
 
@@ -208,7 +212,7 @@ class FusedStep(nn.Module):
         return np.array(
             [1 - rate * optimizer.weight_decay, rate / (1 - beta1**step), (1 - beta2**step) ** -0.5, 1 - beta1, beta2,
              optimizer.eps, rate, scale, low, high - low,
-             form.sigmoid_range is not None, offset, 1 - beta2], np.float32,
+             form.sigmoid_range is not None, offset, 1 - beta2, form.implicit], np.float32,
         )  # fmt: skip
 
     def _reserve(self, ratings: int) -> None:
@@ -221,8 +225,10 @@ class FusedStep(nn.Module):
         self._capacity = ratings + ratings // 8
         self._by_user.reserve(self._capacity)
         self._by_item.reserve(self._capacity)
-        rows, width = self._capacity, self.model.form.width
-        self._own, self._before = (cpu.row_buffer(rows, width) for _ in range(2))
+        rows, form = self._capacity, self.model.form
+        through_bags = form.dim + 1 if form.implicit else 0
+        self._own = cpu.row_buffer(rows, form.width)
+        self._before = cpu.row_buffer(rows, form.width + through_bags)
         self._errors = np.empty(self._capacity, np.float32)
         self._slopes = np.empty(self._capacity * self._shape[4], np.float32)
 

@@ -30,6 +30,7 @@ from mfdist.kernels import stride_of
 from mfdist.lanes import row_group_rows
 from mfdist.launch import usable_cores
 from mfdist.loader import available_bytes, id_dtype, ranks_here
+from mfdist.objective import ITEM, USER
 from mfdist.schedule import lanes_of_rank
 from mfdist.train_config import TrainConfig
 
@@ -139,11 +140,15 @@ def plan_for(config: PlanConfig, dataset: Dataset, ranks: int, base_bytes: int =
     return Plan(
         ranks=ranks, hosts=math.ceil(ranks / ranks_per_host(config, ranks)), lanes=(min(lanes), max(lanes)),
         efficiency=(rows / ranks / largest) if largest else 1.0, steps_per_epoch=steps,
-        table_bytes=table_rows(config, manifest, ranks) * bytes_of_row(config, form.width),
+        table_bytes=table_bytes(config, manifest, ranks),
         loader_bytes=loader_bytes(manifest, int(largest), max(lanes), ranks),
         step_bytes=int(batch * 2 * form.width * 4 * 8),
         end_bytes=min(FLOOR_BYTES, int(largest) * rating_bytes(manifest)), base_bytes=base_bytes, wire_bytes=wire,
-        checkpoint_bytes=all_rows * stored_bytes_of_row(config, form.width), export_bytes=all_rows * form.width * 4,
+        checkpoint_bytes=sum(
+            rows * stored_bytes_of_row(config, form.stored_width(side))
+            for side, rows in ((USER, manifest.num_users), (ITEM, manifest.num_items))
+        ),
+        export_bytes=all_rows * form.width * 4,
     )  # fmt: skip
 
 
@@ -162,13 +167,15 @@ def rows_of_ranks(manifest: Manifest, ranks: int, split: str = "train") -> list[
     return [sum(rows[k] for k in lanes_of_rank(len(rows), rank, ranks)) for rank in range(ranks)]
 
 
-def table_rows(config: TrainConfig, manifest: Manifest, ranks: int) -> int:
-    """Rows of both tables that the fullest rank holds."""
+def table_bytes(config: TrainConfig, manifest: Manifest, ranks: int) -> int:
+    """Bytes of both tables on the rank that holds most."""
+    form = config.form(manifest)
+    user, item = (bytes_of_row(config, form.stored_width(side)) for side in (USER, ITEM))
     if config.sharding == "replicated":
-        return manifest.num_users + manifest.num_items
+        return manifest.num_users * user + manifest.num_items * item
     layouts = user_layout(manifest, ranks), item_layout(manifest, ranks)
     held = [[sum(end - first for first, end in layout.ranges_of(rank)) for layout in layouts] for rank in range(ranks)]
-    return max(map(sum, held))
+    return max(users * user + items * item for users, items in held)
 
 
 def bytes_of_row(config: TrainConfig, width: int) -> int:
@@ -215,7 +222,7 @@ def resident_bytes() -> int:
 def measured(config: PlanConfig, manifest: Manifest) -> dict[int, tuple[Measured, int]]:
     """For each number of ranks whose tables fit here: what was measured, and the bytes of a process by itself."""
     train = TrainConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)})
-    width = config.form(manifest).width
+    width = config.form(manifest).stored_width(USER)  # the wider ones
     trials = []
     for ranks in sorted(set(config.ranks)):
         trial = Trial(ranks=ranks, processes=processes_of(config, ranks), lanes=None, seconds=config.calibrate_seconds)
@@ -236,9 +243,8 @@ def process_bytes(config: PlanConfig, manifest: Manifest, first: Measured) -> in
     """What a process takes beside tables and ratings, by the first trial of its launch, whose tables are largest."""
     share = calibration.share_of(manifest, first.trial)
     size = first.trial.processes
-    row = bytes_of_row(config, config.form(manifest).width)
     lanes = math.ceil(len(share.lanes) / size)
-    known = table_rows(config, share, size) * row + loader_bytes(share, first.largest_rows, lanes, size)
+    known = table_bytes(config, share, size) + loader_bytes(share, first.largest_rows, lanes, size)
     return max(0, first.peak_bytes - known)
 
 
@@ -251,8 +257,8 @@ def with_times(one: Plan, config: PlanConfig, manifest: Manifest, found: Measure
     )
     step += seconds_between_hosts(one, config)
     share = calibration.share_of(manifest, found.trial)
-    settle = found.settle_seconds * table_rows(config, manifest, one.ranks) / max(
-        table_rows(config, share, found.trial.processes), 1
+    settle = found.settle_seconds * table_bytes(config, manifest, one.ranks) / max(
+        table_bytes(config, share, found.trial.processes), 1
     )  # fmt: skip
     validation = max(rows_of_ranks(manifest, one.ranks, "val")) * found.trial.processes / max(found.validation_rows, 1)
     epoch = steps * step + settle + found.evaluate_seconds * validation

@@ -73,7 +73,7 @@ class Session:
     replica: nn.Module  # the model under DistributedDataParallel, where it has anything to reduce
     optimizer: RowOptimizer
     objective: Objective
-    shares: Shares | None  # one over the training ratings of this rank's user rows and of all items, for a penalty
+    shares: Shares | None  # one over the training ratings of this rank's user rows and of all items, where needed
     offset_state: tuple[torch.Tensor, ...]
     validation: Validation
     progress: Progress
@@ -96,17 +96,20 @@ def build(
     item: Table
     users, items = user_layout(manifest, world.size), item_layout(manifest, world.size)
     if config.sharding == "replicated":
-        user, item = (ReplicatedTable(layout, form.width, optimizer, world) for layout in (users, items))
+        user, item = (
+            ReplicatedTable(layout, form.stored_width(side), optimizer, world)
+            for side, layout in ((USER_TABLE, users), (ITEM_TABLE, items))
+        )
     else:
         wire = torch.bfloat16 if config.wire_dtype == "bf16" else torch.float32
-        user = ShardedTable(users, form.width, optimizer, world, at_home=True)
+        user = ShardedTable(users, form.stored_width(USER_TABLE), optimizer, world, at_home=True)
         item = ShardedTable(items, form.width, optimizer, world, at_home=False, wire_dtype=wire)
     if config.model == "mf":
         model = MF(form, user, item)
     else:
         model = MFAdvanced(form, user, item, manifest.global_mean if config.offset == "mean" else None)
     objective = config.objective()
-    shares = _shares(dataset, user) if objective.penalised else None
+    shares = _shares(dataset, user) if objective.penalised or form.implicit else None
     fused = fast_step(config, model, optimizer, objective, shares, loader.num_rows)
     replica = world.replicate(fused or model)
     ranks = f"{world.size} {'rank' if world.size == 1 else 'ranks'} on {world.device.type}"
@@ -140,7 +143,7 @@ def fast_step(
         return None
     if model.user.world.device.type == "cpu":
         return FusedStep(model, optimizer, objective, torch.get_num_threads(), shares, ratings)
-    if model.form.members or importlib.util.find_spec("triton") is None:
+    if model.form.members or model.form.implicit or importlib.util.find_spec("triton") is None:
         return None
     from mfdist.fused_gpu import GpuStep
 

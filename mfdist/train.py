@@ -99,12 +99,22 @@ def _fused_step(session: Session, batch: Batch) -> torch.Tensor:
 
 def _autograd_step(session: Session, batch: Batch) -> torch.Tensor:
     """The plain way: torch's autograd through the gathered rows, any device and placement."""
-    scored = session.replica(batch.user, batch.item)
+    form, share = session.model.form, None
+    if form.implicit:
+        assert session.shares is not None
+        share = torch.from_numpy(session.shares[USER]).to(batch.user.device)[session.model.user.local(batch.user)]
+    scored = session.replica(batch.user, batch.item, share)
     errors = scored.predictions - batch.rating[:, None]
     loss = errors.square().sum()
+    weight = session.objective.weight(batch.global_rows)
+    bags = None
+    if share is not None:
+        (slope,) = torch.autograd.grad(loss * weight, scored.scores, retain_graph=True)
+        bags = _through_bags(session, scored, share, slope)
     if session.objective.penalised:
         loss = loss + _penalty(session, batch, scored)
-    (loss * session.objective.weight(batch.global_rows)).backward()
+    loss = loss * weight
+    (loss if bags is None else loss + bags).backward()
     session.model.user.apply_gradient()
     session.model.item.apply_gradient()
     sum_of_squares: torch.Tensor = errors.detach().double().mean(dim=1).square().sum()
@@ -116,11 +126,25 @@ def _penalty(session: Session, batch: Batch, scored: Scored) -> torch.Tensor:
     form, shares, total = session.model.form, session.shares, torch.zeros((), device=batch.rating.device)
     assert shares is not None
     local = session.model.user.local(batch.user)
-    for side, index, rows in ((USER, local, scored.user), (ITEM, batch.item, scored.item)):
+    weights = scored.user[:, : form.width], scored.item
+    for side, index, rows in ((USER, local, weights[USER]), (ITEM, batch.item, weights[ITEM])):
         pulls = torch.from_numpy(session.objective.pulls(side, form.dim, form.width, form.members)).to(rows.device)
         share = torch.from_numpy(shares[side]).to(rows.device)[index.long()]
         total = total + ((pulls[0] + share[:, None] * pulls[1]) * rows.square()).sum()
     return total
+
+
+def _through_bags(session: Session, scored: Scored, share: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """A loss whose gradient is, for items, what comes through the users' bags, and for bags and pulls what makes a step
+    of sgd their renewal (``Form.implicit``). ``slope`` (rows, members): the loss's derivative by the scores."""
+    form = session.model.form
+    item, (bag, pull) = scored.item[:, : form.dim], scored.user[:, form.width :].split(form.dim, dim=1)
+    to_bag = form.implicit * share.sqrt()[:, None] * item.detach() * form.is_factor().to(share.device)
+    to_pull = to_bag * slope.repeat_interleave(form.part, dim=1)
+    renewal = ((to_bag - share[:, None] * bag.detach()) * bag).sum()
+    renewal = renewal + ((to_pull - share[:, None] * pull.detach()) * pull).sum()
+    rate = session.optimizer.rate(session.progress.step + 1)
+    return ((pull.detach() - to_pull) * item).sum() - renewal / rate
 
 
 # Setting up ---------------------------------------------------------------------------------------

@@ -63,6 +63,10 @@ class TrainConfig:
     init_std: float | None = flag(
         None, "factors begin as normal(0, this / sqrt(factors)), biases at 0; not set: as --no-init says", at_least=0
     )
+    implicit: float = flag(
+        0.0, "weight of what a user rated, whatever the rating: factors plus this / sqrt(n) times the sum of those of "
+        "the user's n items; 0: none", at_least=0,
+    )  # fmt: skip
     betas: tuple[float, float] = flag((0.9, 0.999), "Adam's decay rates of the two moments", parse=parse_pair)
     eps: float = flag(1e-8, "added to the root of the second moment", above=0)
     batch_size: int = flag(8192, "ratings of a step, over all ranks", at_least=1)
@@ -115,6 +119,8 @@ class TrainConfig:
             raise UsageError(
                 f"--members {self.members} needs an --emb-dim that it divides into groups of three or more factors."
             )
+        if self.implicit and (self.optimizer != "sgd" or self.weight_decay or self.init_from):
+            raise UsageError("--implicit needs --optimizer sgd and --weight-decay 0, and no --init-from.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"--betas {self.betas[0]:g},{self.betas[1]:g}: both must be at least 0 and below 1.")
         if min(self.l2) < 0:
@@ -127,7 +133,7 @@ class TrainConfig:
         return Form(
             model=self.model, dim=self.emb_dim, bias=advanced and not self.no_bias, init=advanced and not self.no_init,
             sigmoid_range=span if advanced and not self.no_sigmoid else None, members=self.members,
-            init_std=self.init_std,
+            init_std=self.init_std, implicit=self.implicit,
         )  # fmt: skip
 
     def objective(self) -> Objective:
@@ -142,8 +148,8 @@ class TrainConfig:
 
 MEANING = (
     "model", "emb_dim", "optimizer", "lr", "lr_schedule", "weight_decay", "l2", "row_l2", "reduction", "members",
-    "offset", "init_std", "betas", "eps", "batch_size", "seed", "wire_dtype", "init_from", "stop_fraction", "cold",
-    "no_sigmoid", "no_bias", "no_init", "sigmoid_range",
+    "offset", "init_std", "implicit", "betas", "eps", "batch_size", "seed", "wire_dtype", "init_from", "stop_fraction",
+    "cold", "no_sigmoid", "no_bias", "no_init", "sigmoid_range",
 )  # fmt: skip
 """Keys that a resumed run may not change: they would make it another run."""
 

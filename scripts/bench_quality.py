@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bench_train import peer
+from peers import ROOT, PeerAbsent, columns_of, environment
 
 from mfdist.baseline import fit
 from mfdist.config import parse_config
@@ -39,7 +39,6 @@ from mfdist.log import Console
 from mfdist.train import train
 from mfdist.train_config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
 
 LIBMF = """
@@ -130,20 +129,18 @@ def ours(dataset: Dataset, flags: Any, folder: str) -> Row:
 def libmf(dataset: Dataset, flags: Any, folder: str) -> list[Row]:
     paths = []
     for split in ("train", "val"):
-        lanes = [part for lane in range(len(dataset.manifest.lanes)) for part in lane_rows(dataset, split, lane)]
-        columns = {
-            name: np.concatenate([part[k] for part in lanes]) for k, name in enumerate(("user", "item", "rating"))
-        }
+        columns = columns_of(dataset, split)
         order = np.random.default_rng(0).permutation(len(columns["user"]))
         paths.append(f"{folder}/{split}.parquet")
         pq.write_table(pa.table({name: column[order] for name, column in columns.items()}), paths[-1])
-    system = peer("LIBMF", "its own Adagrad", 0, ["libmf", "numpy", "pyarrow"], LIBMF, [])
-    if system.absent:
-        print(f"LIBMF is absent, {system.absent}", file=sys.stderr)
+    try:
+        python = environment("libmf", ["libmf", "numpy", "pyarrow"])
+    except PeerAbsent as error:
+        print(f"LIBMF is absent, {error}", file=sys.stderr)
         return []
     arguments = [*paths, *dataset.manifest.rating_scale, flags.threads]
     began = time.perf_counter()
-    result = subprocess.run([str(system.python), "-c", LIBMF, *map(str, arguments)], check=True, capture_output=True,
+    result = subprocess.run([str(python), "-c", LIBMF, *map(str, arguments)], check=True, capture_output=True,
                             text=True)  # fmt: skip
     points = [line.split()[2:] for line in result.stdout.splitlines() if line.startswith("result")]
     return [_row(dataset, "LIBMF", [(float(s), float(e)) for s, e in points], time.perf_counter() - began)]

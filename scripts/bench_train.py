@@ -37,6 +37,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from peers import ROOT, PeerAbsent, environment
+from peers import job as run_job
 from torch import nn
 
 from mfdist.dataset import Dataset
@@ -48,7 +50,6 @@ from mfdist.model import ITEM_TABLE, USER_TABLE, Form, MFAdvanced
 from mfdist.objective import Objective
 from mfdist.optim import RowOptimizer
 
-ROOT = Path(__file__).resolve().parents[1]
 DIM = 32
 FORM = Form(model="mf_advanced", dim=DIM, bias=True, init=True, sigmoid_range=(0.5, 5.5))
 RATES = {"adamw": 0.0005, "sparse_adam": 0.0005, "rowwise_adagrad": 0.05, "sgd": 1.0}
@@ -140,15 +141,11 @@ def made_datasets() -> list[str]:
     source = folder / "electronics.csv"
     if not source.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _job("synthesize", "--preset", "electronics", "--out", str(source))
+        run_job("synthesize", "--preset", "electronics", "--out", str(source))
     for order in ("random", "blocks"):
         if not (folder / order / "dataset.json").exists():
-            _job("prepare", str(source), "--out", str(folder / order), "--order", order)
+            run_job("prepare", str(source), "--out", str(folder / order), "--order", order)
     return [str(folder / order) for order in ("random", "blocks")]
-
-
-def _job(name: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, str(ROOT / f"jobs/{name}.py"), *arguments], cwd=ROOT, check=True)
 
 
 # The systems --------------------------------------------------------------------------------------
@@ -288,21 +285,15 @@ def torch_loop(dataset: Dataset, batches: Sequence[Batch], dense: bool, device: 
 def peer(name: str, algorithm: str, size: int, packages: list[str], code: str, arguments: list[Any]) -> System:
     """A system that runs in an environment of its own, made on first use; absent where it cannot be installed."""
     system = System(name, algorithm, False, size, lambda: 0.0)
-    python = system.python = ROOT / ".peers" / name.split(maxsplit=1)[0].lower() / "bin/python"
     try:
-        if not (python.parent / "complete").exists():
-            subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True, capture_output=True)
-            for package in packages:
-                wanted = package.replace("--no-deps:", "--no-deps ").split()
-                subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True, capture_output=True)
-            (python.parent / "complete").touch()
-    except subprocess.CalledProcessError as error:
-        system.absent = f"cannot be installed: {error.stderr.decode(errors='replace').strip().splitlines()[-1][:200]}"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+        system.python = environment(name.split(maxsplit=1)[0].lower(), packages)
+    except PeerAbsent as error:
+        system.absent = str(error)
+    variables = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
 
     def run() -> float:
-        command = [str(python), "-c", code, *map(str, arguments)]
-        result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        command = [str(system.python), "-c", code, *map(str, arguments)]
+        result = subprocess.run(command, check=True, capture_output=True, text=True, env=variables)
         return float(result.stdout.split()[-1])
 
     system.run = run

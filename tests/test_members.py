@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from datasets import make_dataset, training_rows
@@ -15,6 +17,7 @@ from mfdist.train_config import TrainConfig, parse_row_l2
 LINEAR = {"no_sigmoid": True, "offset": "mean", "optimizer": "sgd", "weight_decay": 0.0, "reduction": "sum"}
 RECIPE = {**LINEAR, "members": 2, "emb_dim": 8, "init_std": 0.3, "lr": 0.02, "lr_schedule": "cosine", "batch_size": 64,
           "l2": (0.02, 0.0), "row_l2": (6.0, 4.5, 5.0, 6.5, 8.0, 35.0), "cold": "known-side"}  # fmt: skip
+BAGS = {**RECIPE, "implicit": 0.25}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,13 @@ def data(tmp_path_factory):
 def test_the_kernels_equal_autograd(data, tmp_path, ranks):
     """A penalty, a member's bias or a share that one of the two paths misses would part them."""
     plain = {"l2": (0.1, 0.2), "row_l2": (0.5, 0.7, 0.3, 0.2, 0.0, 0.0)}
-    settings = {"recipe": RECIPE, "adamw": {**RECIPE, "optimizer": "adamw", "reduction": "mean"}, "plain": plain}
+    settings = {
+        "recipe": RECIPE,
+        "adamw": {**RECIPE, "optimizer": "adamw", "reduction": "mean"},
+        "plain": plain,
+        "bags": BAGS,
+        "one bag": {**LINEAR, "implicit": 0.5, "init_std": 0.3, "lr": 0.05, "batch_size": 64},
+    }
     configs = [
         config(data, tmp_path / f"{name}-{sharding}", **{**values, "sharding": sharding, "epochs": 3})
         for name, values in settings.items()
@@ -69,8 +78,75 @@ def test_equals_a_loop_of_single_ratings(data, tmp_path):
     np.testing.assert_allclose(tables["user_embedding"][seen], p[seen].reshape(-1, 8) / 2**0.5, atol=1e-4)
 
 
-def test_the_export_alone_gives_the_validation_error(data, tmp_path):
-    c = config(data, tmp_path / "run", **RECIPE)
+def test_bags_equal_a_loop_of_single_ratings(data, tmp_path):
+    """A user's factors, and the bag of what the user rated, written out; an item's own share is no part of a score."""
+    from mfdist.loader import Loader
+
+    values = {**BAGS, "l2": (0.0, 0.0), "row_l2": None}
+    c = config(data, tmp_path / "run", **{**values, "batch_size": 1, "epochs": 2, "lr_schedule": "constant"})
+    (report,) = train_all(_world(), [c])
+    dataset, form = Dataset.open(data), c.form(Dataset.open(data).manifest)
+    n = dataset.counts("users")
+    p, q = (form.initial(c.seed, side, 0, rows).double().numpy() for side, rows in ((0, len(n)), (1, 60)))
+    assert p.shape[1] == 24 and not p[:, 8:].any()
+    p, q = p[:, :8].reshape(-1, 2, 4), q.reshape(-1, 2, 4)
+    bag, pull = np.zeros((2, *p.shape))
+    factor, one = np.array([0, 0, 1, 1]), np.eye(4)
+    mean, curve = dataset.manifest.global_mean, []
+    with Loader(dataset, batch_size=1, seed=c.seed, rank=0, world_size=1) as loader:
+        for epoch in range(2):
+            squares = 0.0
+            for batch in loader.epoch(epoch):
+                u, i, y = int(batch.user), int(batch.item), float(batch.rating)
+                w, whole = 0.25 / n[u] ** 0.5, p[u] + bag[u]
+                score = (whole * q[i]).sum(1) - w * (factor * q[i] ** 2).sum(1)
+                e = y - (mean + score + p[u][:, 1] + q[i][:, 0])[:, None]
+                to_p = e * (q[i] + one[1])
+                to_q = e * (whole + one[0]) + pull[u] - w * e * factor * q[i]
+                bag[u] += w * factor * q[i] - bag[u] / n[u]
+                pull[u] += w * e * factor * q[i] - pull[u] / n[u]
+                p[u], q[i] = p[u] + c.lr * to_p, q[i] + c.lr * to_q
+                squares += e.mean() ** 2
+            curve.append((squares / loader.num_rows) ** 0.5)
+    assert [e["train_rmse"] for e in report["epochs"]] == pytest.approx(curve, rel=1e-4)
+    seen = n > 0
+    found = exported(c.run)["user_embedding"][seen]
+    np.testing.assert_allclose(found, (p + bag)[seen].reshape(-1, 8) / 2**0.5, atol=1e-4)
+    assert np.abs(bag[seen]).max() > 0.01
+
+
+def test_bags_survive_a_stop(data, tmp_path):
+    """Stopped in the middle of the second epoch and continued: the same bits."""
+    whole = config(data, tmp_path / "whole", **{**BAGS, "epochs": 3})
+    halted = config(data, tmp_path / "halted", **{**BAGS, "epochs": 3, "checkpoint_every": "30"})
+    (expected,) = train_all(_world(), [whole])
+    train_all(_world(), [halted])
+    for epoch_end in (48, 60, 72, 90):
+        path = tmp_path / "halted" / "checkpoints" / f"step-{epoch_end:08d}"
+        if epoch_end > 48 and path.exists():
+            shutil.rmtree(path)
+    (tmp_path / "halted" / "report.json").unlink()
+    (again,) = train_all(_world(), [halted])
+    np.testing.assert_array_equal(curve(again), curve(expected))
+    for name, tensor in exported(whole.run).items():
+        np.testing.assert_array_equal(exported(halted.run)[name], tensor)
+
+
+def test_every_weight_of_bags_is_another_result(data, tmp_path):
+    configs = [config(data, tmp_path / f"{k}", **{**BAGS, "implicit": k / 4}) for k in range(3)]
+    found = [report["final"]["val_rmse"] for report in train_all(_world(), configs)]
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize("values", [{"optimizer": "adamw"}, {"weight_decay": 0.1}, {"init_from": "runs/other"}])
+def test_bags_need_plain_sgd(values):
+    with pytest.raises(UsageError, match="--implicit"):
+        TrainConfig(**{**BAGS, **values})
+
+
+@pytest.mark.parametrize("values", [RECIPE, BAGS])
+def test_the_export_alone_gives_the_validation_error(data, tmp_path, values):
+    c = config(data, tmp_path / "run", **values)
     (report,) = train_all(_world(), [c])
     tables, rows = exported(c.run), training_rows(Dataset.open(data), "val")
     user, item = rows[:, 0].astype(int), rows[:, 1].astype(int)

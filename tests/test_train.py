@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import make_dataset, training_rows
+from datasets import make_dataset, training_rows, write_dataset
 from ranks import run_ranks
 from safetensors.numpy import load_file
 
@@ -22,6 +24,7 @@ from mfdist.model import ITEM_TABLE, USER_TABLE, sigmoid_range
 from mfdist.train import train
 from mfdist.train_config import TrainConfig
 
+CONFIGS = Path(__file__).parents[1] / "jobs/configs"
 QUIET = Console(speaks=False)
 VIGNETTE = {
     "mf": {"model": "mf", "lr": 0.002},
@@ -33,6 +36,25 @@ VIGNETTE = {
 def data(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("data") / "small")
     make_dataset(path, rows=1500, lanes=7, val_rows=200, users=150, items=60, row_group=64)
+    return path
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """20,000 ratings with planted factors: something to learn beyond biases."""
+    path = str(tmp_path_factory.mktemp("planted") / "data")
+    rng = np.random.default_rng(3)
+    p, q = rng.normal(0, 0.6, (400, 3)), rng.normal(0, 0.6, (150, 3))
+    bias = rng.normal(0, 0.3, 400), rng.normal(0, 0.3, 150)
+    lanes: dict[str, list[list[dict[str, np.ndarray]]]] = {"train": [], "val": []}
+    ranges = [(100 * lane, 100 * lane + 100) for lane in range(4)]
+    for first, end in ranges:
+        for split, rows in (("train", 5000), ("val", 1200)):
+            user, item = rng.integers(first, end, rows), rng.integers(0, 150, rows)
+            score = 3.2 + (p[user] * q[item]).sum(1) + bias[0][user] + bias[1][item] + rng.normal(0, 0.5, rows)
+            rating = np.clip(np.rint(score), 1, 5).astype(np.float32)
+            lanes[split].append([{"user": user.astype(np.int32), "item": item.astype(np.int32), "rating": rating}])
+    write_dataset(path, lanes["train"], lanes["val"], ranges=ranges, num_items=150)
     return path
 
 
@@ -289,6 +311,39 @@ def test_divergence_names_the_batch(data, tmp_path):
     c = config(data, tmp_path / "run", optimizer="sgd", lr=1e6, weight_decay=0.0, no_sigmoid=True, epochs=3)
     with pytest.raises(DivergedError, match=r"epoch 1, batch \d+"):
         train(c, World.alone(), QUIET)
+
+
+@pytest.mark.parametrize("recipe", ["recipe", "svd"])
+def test_a_rate_ten_times_too_high_is_named(planted, tmp_path, capsys, recipe):
+    """It ends as diverged, or with a warning that speaks of --lr; at its own rate neither happens."""
+    from mfdist.config import parse_config
+
+    def outcome(times):
+        run = str(tmp_path / f"{recipe}-{times}")
+        flags = ["--config", str(CONFIGS / f"{recipe}.toml"), "--data", planted, "--run", run, "--epochs", "12"]
+        c = parse_config(TrainConfig, flags, "train")
+        try:
+            train(dataclasses.replace(c, lr=c.lr * times), World.alone(), Console(speaks=True))
+        except DivergedError as error:
+            return str(error)
+        return "".join(line for line in capsys.readouterr().err.splitlines() if "--lr" in line)
+
+    assert "--lr" in outcome(10)
+    assert outcome(1) == ""
+
+
+@pytest.mark.parametrize("name", ["recipe"])
+def test_the_recipe_gives_the_same_on_1_2_and_4_ranks(planted, tmp_path, name):
+    from mfdist.config import parse_config
+
+    found = []
+    for ranks in (1, 2, 4):
+        flags = ["--config", str(CONFIGS / f"{name}.toml"), "--data", planted, "--run", str(tmp_path / str(ranks)),
+                 "--epochs", "8"]  # fmt: skip
+        report = run_ranks(ranks, train_all, [parse_config(TrainConfig, flags, "train")])[0][0]
+        found.append(report["final"]["val_rmse_clipped"])
+        assert found[-1] < report["floors"]["global_mean"]["rmse"]
+    assert max(found) - min(found) < 1e-3
 
 
 def test_bf16_wire_is_close(data, tmp_path):

@@ -93,10 +93,10 @@ def group(ids: Any, order: Any, scratch: Any, rows: Any, starts: Any, slot: Any)
 # Slices, not sums of indices, and numpy's error model: LLVM makes vector instructions of the loops only so.
 
 STEP_FIELDS = ("decay", "rate1", "root2", "rest1", "beta2", "eps", "rate", "scale", "low", "span", "sigmoid", "offset",
-               "rest2")  # fmt: skip
+               "rest2", "implicit")  # fmt: skip
 """The float32 ``numbers`` of one step. rate1: lr / (1 - b1^t); root2: 1 / sqrt(1 - b2^t); scale: twice the weight of a
 rating's squared error in the loss; rest1, rest2: 1 - beta1, 1 - beta2, rounded after the subtraction (float32 0.999
-taken from 1 would be off by 1.3e-5)."""
+taken from 1 would be off by 1.3e-5). implicit: ``model.Form.implicit``; users' rows hold bag and pull then."""
 
 
 def shape_of(dim: int, bias: bool, members: int, kind: int) -> tuple[int, int, int, int, int, int, int]:
@@ -109,6 +109,12 @@ def shape_of(dim: int, bias: bool, members: int, kind: int) -> tuple[int, int, i
     state = {ADAMW: 2 * width, SPARSE_ADAM: 2 * width, ROWWISE_ADAGRAD: 1, SGD: 0}[kind]
     user_bias, item_bias = BIAS_COLUMN if members else (dim, dim) if bias else (-1, -1)
     return dim // max(members, 1), width, stride_of(width, state), kind, max(members, 1), user_bias, item_bias
+
+
+@njit(nogil=True, inline="always")
+def stride_with_bag(shape: Any) -> Any:
+    """The stride of users' rows where they have bags, which only sgd moves."""
+    return -(-(shape[1] + 2 * shape[0] * shape[4] + 1) // 4) * 4
 
 
 _kernel = njit(nogil=True, error_model="numpy", cache=True)
@@ -414,6 +420,10 @@ def user_pass(
     one = np.float32(1)
     scale, base_rating, span, sigmoid, offset = numbers[7], numbers[8], numbers[9], numbers[10], numbers[11]
     share_of_members = one / np.float32(members)
+    implicit = numbers[13]
+    if implicit > 0:
+        stride = stride_with_bag(shape)
+    lead = leading_biases(shape)
     pulls, shares = bare(pulls), bare(shares)
     table, lasts, rows, starts, order = bare(table), bare(lasts), bare(rows), bare(starts), bare(order)
     item_slot, items, rating, before = bare(item_slot), bare(items), bare(rating), bare(before)
@@ -430,6 +440,10 @@ def user_pass(
         copy(table, base, was, width)
         clear(grad, width)
         penalise(grad, was, starts[j + 1] - starts[j], pulls, shares, rows[j], scale)
+        bag_weight = np.float32(0)
+        if implicit > 0:
+            bag_weight = implicit * np.sqrt(shares[rows[j]])
+            join_bag(shape, was, table, base, bag_weight)
         for place in range(starts[j], starts[j + 1]):
             k = order[place]
             ask_row(items, item_slot, order, place + AHEAD, number)
@@ -440,6 +454,11 @@ def user_pass(
                 score = offset + dot(was, item, first, part)
                 if user_bias >= 0:
                     score += was[first + user_bias] + item[first + item_bias]
+                if implicit > 0:
+                    square = dot(item, item, first, part)
+                    for d in range(first, first + lead):
+                        square -= item[d] * item[d]
+                    score -= bag_weight * square
                 if sigmoid > 0:
                     s = one / (one + exponential(-score))
                     e = base_rating + span * s - rating[k]
@@ -453,9 +472,68 @@ def user_pass(
                 if user_bias >= 0:
                     grad[first + user_bias] += c
             error[k] = mean * share_of_members
+        if implicit > 0:
+            refill(
+                shape, table, base, items, item_slot, order, starts[j], starts[j + 1], slope, shares[rows[j]],
+                bag_weight,
+            )  # fmt: skip
         move(shape, table, base, grad, numbers)
         lasts[base + stride - 1] = now + 1
     space[0, 0] = unaligned[0] = 0  # they live until here
+
+
+@_inlined
+def leading_biases(shape: Any) -> Any:
+    """Columns at the start of a member's part that are no factors."""
+    return len(BIAS_COLUMN) if 0 <= shape[6] < shape[0] else 0
+
+
+@_inlined
+def join_bag(shape: Any, was: Any, table: Any, base: Any, weight: Any) -> None:
+    """Add the bag of the row at ``base`` to the factors in ``was``, and put its pull and ``weight`` behind them."""
+    dim, width = shape[0] * shape[4], shape[1]
+    bag, behind = table[base + width : base + width + dim], was[width : width + dim]
+    add_times(was, np.float32(1), bag, 0, dim)
+    copy(table, base + width + dim, behind, dim)
+    was[width + dim] = weight
+
+
+@_inlined
+def refill(
+    shape: Any, table: Any, base: Any, items: Any, item_slot: Any, order: Any, first: Any, end: Any, slope: Any,
+    share: Any, weight: Any,
+) -> None:  # fmt: skip
+    """Renew bag and pull of the row at ``base`` by the ratings ``order[first:end]``, see ``model.Form.implicit``."""
+    part, width, members, lead = shape[0], shape[1], shape[4], leading_biases(shape)
+    dim = part * members
+    bag = table[base + width : base + width + dim]
+    pull = table[base + width + dim : base + width + 2 * dim]
+    gone = -np.float32(end - first) * share
+    add_times(bag, gone, bag, 0, dim)
+    add_times(pull, gone, pull, 0, dim)
+    for place in range(first, end):
+        k = order[place]
+        item = items[item_slot[k]]
+        add_times(bag, weight, item, 0, dim)
+        for member in range(members):
+            add_times(pull, weight * slope[k * members + member], item, member * part, part)
+    for member in range(members):
+        for d in range(member * part, member * part + lead):
+            bag[d] = pull[d] = 0
+
+
+@_inlined
+def add_pull(shape: Any, grad: Any, own: Any, user: Any, slope: Any, k: Any) -> None:
+    """Add to an item's ``grad`` what rating ``k`` brings through its user's bag, the item's own part in it left out."""
+    part, width, members, lead = shape[0], shape[1], shape[4], leading_biases(shape)
+    dim = part * members
+    weight = user[width + dim]
+    add_times(grad, np.float32(1), user[width : width + dim], 0, dim)
+    for member in range(members):
+        first, c = member * part, weight * slope[k * members + member]
+        add_times(grad, -c, own, first, part)
+        for d in range(first, first + lead):
+            grad[d] += c * own[d]
 
 
 @_inlined
@@ -478,7 +556,7 @@ def penalise(grad: Any, weight: Any, count: Any, pulls: Any, shares: Any, row: A
 @_inlined
 def add_up(
     shape: Any, grad: Any, own: Any, first: Any, end: Any, order: Any, user_slot: Any, before: Any, slope: Any,
-    number: Any,
+    number: Any, implicit: Any,
 ) -> None:  # fmt: skip
     """Add to ``grad`` (width,) the gradient of one item from its ratings ``order[first:end]``, of ``number``."""
     part, _width, _stride, _kind, members, _user_bias, item_bias = shape
@@ -491,6 +569,8 @@ def add_up(
             add_times(grad, c, user, begin, part)
             if item_bias >= 0:
                 grad[begin + item_bias] += c
+        if implicit > 0:
+            add_pull(shape, grad, own, user, slope, k)
 
 
 @_kernel
@@ -512,7 +592,7 @@ def item_pass(
             ask(table, np.int64(rows[j + AHEAD]) * stride, stride)
         clear(grad, width)
         penalise(grad, own[j], starts[j + 1] - starts[j], pulls, shares, rows[j], numbers[7])
-        add_up(shape, grad, own[j], starts[j], starts[j + 1], order, user_slot, before, slope, number)
+        add_up(shape, grad, own[j], starts[j], starts[j + 1], order, user_slot, before, slope, number, numbers[13])
         base = np.int64(rows[j]) * stride
         move(shape, table, base, grad, numbers)
         lasts[base + stride - 1] = now + 1
@@ -535,7 +615,7 @@ def gradient(
         grad = out[j, :width]
         clear(grad, width)
         penalise(grad, own[j], starts[j + 1] - starts[j], pulls, shares, rows[j], numbers[7])
-        add_up(shape, grad, own[j], starts[j], starts[j + 1], order, user_slot, before, slope, number)
+        add_up(shape, grad, own[j], starts[j], starts[j + 1], order, user_slot, before, slope, number, numbers[13])
 
 
 @_kernel

@@ -1,0 +1,90 @@
+"""The leaderboard's bookkeeping and the search's inner splits, without training anything."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import make_dataset
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import leaderboard
+import search_recipe
+from peers import PeerAbsent, columns_of
+
+
+@pytest.fixture
+def split(tmp_path):
+    dataset = make_dataset(tmp_path / "data", rows=800, lanes=3, val_rows=300, users=40, items=30)
+    arrays = columns_of(dataset, "train") | {f"val_{key}": c for key, c in columns_of(dataset, "val").items()}
+    return leaderboard.Split("small", dataset, tmp_path / "rows.npz", arrays)
+
+
+def noisy(level, calls):
+    def learn(split, seed):
+        calls.append(seed)
+        rng = np.random.default_rng(seed)
+        return split.arrays["val_rating"] + rng.normal(0, level, len(split.arrays["val_rating"])), 1.5
+
+    return learn
+
+
+def test_rows_of_the_table(split):
+    calls: list[int] = []
+
+    def absent(split, seed):
+        raise PeerAbsent("cannot be installed: no network")
+
+    systems = [
+        leaderboard.System(leaderboard.OURS, noisy(0.4, calls), ours=True),
+        leaderboard.System("mf (vignette)", noisy(0.1, calls), ours=True),
+        leaderboard.System("A", noisy(0.8, calls)),
+        leaderboard.System("B", noisy(1.2, calls), seeded=False),
+        leaderboard.System("C", absent),
+        leaderboard.System("D", noisy(0.1, calls), reason=lambda split: "left out: too long"),
+    ]
+    rows = leaderboard.measure(split, systems, 3)
+    again = leaderboard.measure(split, systems, 3)
+    assert rows == again
+    assert calls == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]  # each cell once
+    by_name = {row["system"]: row for row in rows}
+    assert by_name["A"]["seeds"] == 3 and by_name["B"]["seeds"] == 1
+    assert by_name["A"]["rmse"] == pytest.approx(np.sqrt(np.mean(np.square(by_name["A"]["rmse_of_seeds"]))))
+    difference, low, high = by_name["A"]["ours_minus_this"]  # the best peer, not the vignette's model
+    assert low < difference < high < 0
+    assert difference == pytest.approx(by_name[leaderboard.OURS]["rmse"] - by_name["A"]["rmse"])
+    assert "ours_minus_this" not in by_name["B"]
+    assert by_name["C"]["reason"].startswith("cannot be installed") and by_name["D"]["reason"].startswith("left out")
+
+
+def test_the_last_fifth_after_pandas_shuffle():
+    frame = pd.DataFrame({"user_id": range(11), "item_id": 0, "rating": 1.0})
+    train, val = leaderboard.divide([frame])
+    assert val["user_id"].tolist() == frame.sample(frac=1, random_state=42)["user_id"].tolist()[-2:]
+    assert sorted([*train["user_id"], *val["user_id"]]) == list(range(11))
+    assert leaderboard.divide([train, val])[1] is val
+
+
+def test_inner_splits_hold_out_a_fifth_or_thin_out_a_quarter_of_the_users():
+    rows = pd.DataFrame({"user_id": np.repeat(np.arange(200), 50)})
+    held = search_recipe.held_out(rows, False, np.random.default_rng(0))
+    assert held.mean() == pytest.approx(0.2, abs=0.02)
+    held = search_recipe.held_out(rows, True, np.random.default_rng(0))
+    by_user = held.reshape(200, 50).mean(axis=1)
+    assert np.count_nonzero(by_user) == 50
+    assert by_user[by_user > 0].mean() == pytest.approx(0.4, abs=0.04)
+
+
+def test_the_search_trains_once_for_each_setting(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(search_recipe, "rmse_of", lambda settings, *rest: asked.append(settings) or settings["lr"])
+    trials = search_recipe.Trials(tmp_path / "trials.jsonl", 0)
+    assert trials.error({"lr": 0.5}, ["a", "b"]) == 0.5
+    assert trials.error({"lr": 0.5}, ["a"]) == 0.5
+    assert search_recipe.Trials(tmp_path / "trials.jsonl", 0).error({"lr": 0.5}, ["b"]) == 0.5
+    assert len(asked) == 2
+    search_recipe.Trials(tmp_path / "trials.jsonl", 1).error({"lr": 0.5}, ["b"])
+    assert len(asked) == 3
