@@ -1,6 +1,6 @@
 """Item rows between ranks on CPUs: who asks whom for which rows in a step, the rows, and their gradients back.
 
-The step is ``kernels.cpu.step_of_ranks``; both ways lend it their ``arrays`` and give the same bits:
+The step is ``kernels.ranks.step_of_ranks``; both ways lend it their ``arrays`` and give the same bits:
 
     requests, lines    what all ranks asked this one for (local rows, in rank order), and the line of each
     rows, gradients    (lines, width or more): this rank writes the rows that it was asked for, reads their gradients
@@ -24,8 +24,8 @@ import torch
 
 from mfdist.embedding import ShardedTable
 from mfdist.errors import MfdistError
-from mfdist.kernels import cpu
-from mfdist.kernels.cpu import pitch_of, row_buffer
+from mfdist.kernels import ranks
+from mfdist.kernels.columns import pitch_of, row_buffer
 from mfdist.shared import SharedMemory
 
 Floats32 = npt.NDArray[np.float32]
@@ -57,18 +57,18 @@ class SharedExchange:
 
     def bring(self, stage: int, items: Ints32, counts: Ints64) -> int:
         """Wait for what ``stage`` needs; returns the stage to go on with. Collective."""
-        if stage == cpu.DONE:
-            self._count(len(items), int(counts[cpu.REQUESTS]))
+        if stage == ranks.DONE:
+            self._count(len(items), int(counts[ranks.REQUESTS]))
             return stage
         self._memory.wait()
         most = int(self._bounds[:, -1].max())
-        if stage == cpu.GATHER and most > self._lines:
+        if stage == ranks.GATHER and most > self._lines:
             lines = most + most // 8
             memory = _memory(self._table, lines)
             if memory is None:
                 raise MfdistError(f"the ranks of this host cannot share memory for {lines} item rows each.")
             self._use(memory, lines)
-            return cpu.ASK
+            return ranks.ASK
         return stage
 
     def _use(self, memory: SharedMemory, lines: int) -> None:
@@ -116,12 +116,12 @@ class GroupExchange:
 
     def bring(self, stage: int, items: Ints32, counts: Ints64) -> int:
         """Bring what ``stage`` needs; returns ``stage``. Collective."""
-        if stage == cpu.GATHER:
+        if stage == ranks.GATHER:
             self._ask(items)
-            counts[cpu.REQUESTS] = len(self._incoming)
-        elif stage == cpu.LEARN:
+            counts[ranks.REQUESTS] = len(self._incoming)
+        elif stage == ranks.LEARN:
             self._send(self._rows, self._requests, self._own, self._asked)
-        elif stage == cpu.UPDATE:
+        elif stage == ranks.UPDATE:
             self._send(self._gradient, self._asked, self._gradients, self._requests)
         return stage
 

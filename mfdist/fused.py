@@ -20,7 +20,7 @@ from torch import nn
 
 from mfdist.embedding import ShardedTable
 from mfdist.exchange import open_exchange
-from mfdist.kernels import cpu
+from mfdist.kernels import bags, columns, cpu, packed, ranks
 from mfdist.kernels.machine import Workers, constants
 from mfdist.model import MF
 from mfdist.objective import ITEM, USER, Objective
@@ -39,7 +39,7 @@ results are the same bits."""
 
 
 class Grouped:
-    """A batch's ratings by row of one side, see ``kernels.cpu.group``; the arrays are reused from step to step."""
+    """A batch's ratings by row of one side, see ``kernels.grouping.group``; the arrays are reused from step to step."""
 
     def __init__(self) -> None:
         self.reserve(0)
@@ -52,7 +52,7 @@ class Grouped:
 
     @property
     def arrays(self) -> tuple[Ints32, Ints32, Ints32, Ints32, Ints32]:
-        """In the order of the arguments of ``kernels.cpu.group``."""
+        """In the order of the arguments of ``kernels.grouping.group``."""
         return self.order, self.scratch, self.rows, self.starts, self.slot
 
 
@@ -81,18 +81,18 @@ class FusedStep(nn.Module):
         self.model, self._user, self._item = model, model.user, model.item
         self._optimizer, self._objective = optimizer, objective
         form = model.form
-        self._shape = cpu.shape_of(form.dim, form.bias, form.members, cpu.KINDS[optimizer.kind])
+        self._shape = packed.shape_of(form.dim, form.bias, form.members, packed.KINDS[optimizer.kind])
         nothing = np.empty((2, 0), np.float32)
         self._sizes = constants(self._shape) if ratings >= OWN_KERNELS_RATINGS else self._shape
         self._shares = shares or (nothing[0], nothing[0])
         assert bool(shares) == (objective.penalised or form.implicit > 0)
-        stride = cpu.stride_with_bag(self._shape)
+        stride = bags.stride_with_bag(self._shape)
         self._user_shape: Any = (*self._shape[:2], stride, *self._shape[3:]) if form.implicit else self._sizes
         self._user_pulls, self._item_pulls = (
             objective.pulls(side, form.dim, form.width, form.members) if objective.penalised else nothing
             for side in (USER, ITEM)
         )
-        self._rules = cpu.rule_arrays(optimizer.rules)
+        self._rules = packed.rule_arrays(optimizer.rules)
         self._workers = Workers(threads)
         self._alone = Workers(1)
         self._gate, self._counts = np.zeros(1, np.int64), np.zeros(5, np.int64)
@@ -176,9 +176,9 @@ class FusedStep(nn.Module):
 
     def _step_with_others(self, workers: Workers, batch: _Arrays, numbers: Floats32) -> None:
         """Item rows come from their owners, and their gradients go back; collective."""
-        exchange, stage = self._exchange, cpu.ASK
+        exchange, stage = self._exchange, ranks.ASK
         assert exchange is not None
-        while stage != cpu.DONE:
+        while stage != ranks.DONE:
             if exchange.room > self._by_owner.room:
                 self._by_owner.reserve(exchange.room)
             self._gate[0] = 0
@@ -190,20 +190,20 @@ class FusedStep(nn.Module):
             )  # fmt: skip
             if not self._compiled:
                 self._compile(arguments)
-            workers.all(lambda thread, arguments=arguments: cpu.step_of_ranks(thread, *arguments))  # type: ignore[misc]
-            items = self._by_item.rows[: self._counts[cpu.ITEMS]]
-            stage = exchange.bring(int(self._counts[cpu.STAGE]), items, self._counts)
+            workers.all(lambda thread, arguments=arguments: ranks.step_of_ranks(thread, *arguments))  # type: ignore[misc]
+            items = self._by_item.rows[: self._counts[ranks.ITEMS]]
+            stage = exchange.bring(int(self._counts[ranks.STAGE]), items, self._counts)
 
     def _compile(self, arguments: tuple[Any, ...]) -> None:
         """Let one rank of a host compile, and the others find the code on the disk; collective."""
         threads, gate, _stage, *others = arguments
         if int(os.environ.get("LOCAL_RANK", self._item.world.rank)) == 0:
-            cpu.step_of_ranks(0, threads, gate, cpu.DONE, *others)
+            ranks.step_of_ranks(0, threads, gate, ranks.DONE, *others)
         self._item.world.barrier()
         self._compiled = True
 
     def _numbers(self, step: int, global_rows: int) -> Floats32:
-        """``kernels.cpu.STEP_FIELDS`` of a step."""
+        """``kernels.packed.STEP_FIELDS`` of a step."""
         optimizer, form = self._optimizer, self.model.form
         rate, (beta1, beta2) = optimizer.rate(step), optimizer.betas
         scale = 2 * self._objective.weight(global_rows)
@@ -227,8 +227,8 @@ class FusedStep(nn.Module):
         self._by_item.reserve(self._capacity)
         rows, form = self._capacity, self.model.form
         through_bags = form.dim + 1 if form.implicit else 0
-        self._own = cpu.row_buffer(rows, form.width)
-        self._before = cpu.row_buffer(rows, form.width + through_bags)
+        self._own = columns.row_buffer(rows, form.width)
+        self._before = columns.row_buffer(rows, form.width + through_bags)
         self._errors = np.empty(self._capacity, np.float32)
         self._slopes = np.empty(self._capacity * self._shape[4], np.float32)
 

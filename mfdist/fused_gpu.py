@@ -17,7 +17,7 @@ from torch import nn
 
 from mfdist.embedding import Layout, ShardedTable
 from mfdist.fused import _Fused
-from mfdist.kernels import cpu, gpu
+from mfdist.kernels import gpu, packed
 from mfdist.model import MF
 from mfdist.objective import ITEM, USER, Floats32, Objective
 from mfdist.optim import RowOptimizer
@@ -87,7 +87,7 @@ class GpuStep(nn.Module):
         low, high = form.sigmoid_range or (0.0, 0.0)
         self._low, self._span = low, high - low
         self._shape = gpu.shape_of(
-            form.dim, form.bias, cpu.KINDS[optimizer.kind], sum(optimizer.state_widths(form.width)),
+            form.dim, form.bias, packed.KINDS[optimizer.kind], sum(optimizer.state_widths(form.width)),
             form.sigmoid_range is not None, objective.penalised,
         )  # fmt: skip
         assert bool(shares) == objective.penalised and not form.members

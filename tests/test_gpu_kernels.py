@@ -243,7 +243,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mfdist.kernels import cpu, gpu
+from mfdist.kernels import gpu, packed
 
 POINTERS = {"lasts": "i32", "rows": "i32", "starts": "i32", "count": "i32", "order": "i64", "number": "i32",
             "item_slot": "i32", "user_slot": "i32", "other_slot": "i32", "slot": "i32", "clock": "i32", "head": "i32",
@@ -278,7 +278,7 @@ def compiled(name, shape, target):
 for dim, bias, kind in [eval(word) for word in sys.argv[2:]]:
     for name in KERNELS:
         state = {"adamw": 2 * (dim + bias), "rowwise_adagrad": 1, "sgd": 0}[kind]
-        shape = gpu.shape_of(dim, bias, cpu.KINDS[kind], state, True, True)
+        shape = gpu.shape_of(dim, bias, packed.KINDS[kind], state, True, True)
         done = compiled(name, shape, GPUTarget("cuda", int(sys.argv[1]), 32))
         print(name, dim, bias, kind, len(done.asm["cubin"]), done.metadata.shared, flush=True)
         if len(sys.argv) > 2 and "KEEP" in __import__("os").environ:

@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mfdist.kernels import cpu, rules, stride_of
+from mfdist.kernels import packed, rules, stride_of
 from mfdist.kernels.rules import AdamRules
 
 CHUNK = 32
@@ -42,9 +42,9 @@ SORT_BLOCK = 1024
 SUM_BLOCK = 4096
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
-SPARSE_ADAM = tl.constexpr(cpu.SPARSE_ADAM)
-ADAMW = tl.constexpr(cpu.ADAMW)
-ADAGRAD = tl.constexpr(cpu.ROWWISE_ADAGRAD)
+SPARSE_ADAM = tl.constexpr(packed.SPARSE_ADAM)
+ADAMW = tl.constexpr(packed.ADAMW)
+ADAGRAD = tl.constexpr(packed.ROWWISE_ADAGRAD)
 SHORT_GAP = tl.constexpr(rules.SHORT_GAP)
 NODES = tl.constexpr(rules.NODES)
 
@@ -612,7 +612,7 @@ def block_sums(
 
 
 def shape_of(dim: int, bias: bool, kind: int, state: int, sigmoid: bool, penalised: bool) -> tuple[int, ...]:
-    """SHAPE of the rows of a model under an optimizer of ``cpu.KINDS`` with ``state`` floats a row."""
+    """SHAPE of the rows of a model under an optimizer of ``packed.KINDS`` with ``state`` floats a row."""
     stride = stride_of(dim + int(bias), state)
     return dim, int(bias), stride, kind, triton.next_power_of_2(dim), int(sigmoid), int(penalised)
 
@@ -634,7 +634,7 @@ def rules_on(
     of the betas, the root of the second), early float32 (plain_below + horizon, 2, NODES), horizon, plain_below, eps,
     1 - betas.
     """
-    _by_step, powers, _ratios, early, horizon, plain_below = cpu.rule_arrays(rules)
+    _by_step, powers, _ratios, early, horizon, plain_below = packed.rule_arrays(rules)
     by_gap = np.column_stack([powers, np.sqrt(powers[:, 1]), np.zeros(len(powers))])
     arrays = (rules.log_decay, step_table(rules, betas, weight_decay), by_gap.astype("f4"), early.astype("f4"))
     tables = [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]

@@ -4,11 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+
+
+def _compiled(**options: Any) -> Callable[[Any], Any]:
+    """numba.njit without the GIL, kept on disk for as long as no kernel's source changes: numba itself looks only at
+    the file of the function, and what that calls is compiled into it."""
+
+    def compiled(function: Any) -> Any:
+        dispatcher: Any = njit(nogil=True, error_model="numpy", cache=True, **options)(function)
+        dispatcher._cache._cache_file._source_stamp = SOURCES
+        return dispatcher
+
+    return compiled
+
+
+SOURCES = tuple(
+    sorted((file.name, file.stat().st_mtime, file.stat().st_size) for file in Path(__file__).parent.glob("*.py"))
+)
+kernel = _compiled()
+kernel_in_any_order = _compiled(fastmath=True)
+"""For sums whose order is the compiler's choice."""
+inlined: Any = njit(nogil=True, error_model="numpy", inline="always")
 
 
 def _prefetch(write: int) -> Any:
@@ -102,13 +124,13 @@ arrived: Any = _arrived
 _add_one: Any = _arrive
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def arrive(gate: Any) -> None:
     """Add one to ``gate[0]`` (int64); what was written before is seen by whoever sees that."""
     _add_one(gate)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def wait_for_all(gate: Any, aim: Any) -> None:
     """Say that this thread is here, and wait until ``gate[0]`` (int64) counts ``aim`` arrivals."""
     arrive(gate)
@@ -123,7 +145,7 @@ LOOKS = 1000
 """Looks at other ranks' signals, the processor offered to somebody else after each."""
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def arrived_at(lines: Any, aim: Any) -> bool:
     """Whether ``lines[r, 0]`` (int64) of every rank r comes to ``aim``; gives up after some looks."""
     spins = 0
