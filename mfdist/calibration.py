@@ -250,7 +250,7 @@ def _read(loader: Loader, most: float) -> float:
     began, read = time.monotonic(), 0
     for _ in loader.epoch(0):
         read += 1
-        if time.monotonic() - began > most:
+        if time.monotonic() - began > most and 8 * read >= loader.num_steps:  # many batches come at once
             break
     return (time.monotonic() - began) * loader.num_steps / max(read, 1)
 
