@@ -138,14 +138,15 @@ def _through_bags(session: Session, scored: Scored, share: torch.Tensor, slope: 
     """A loss whose gradient is, for items, what comes through the users' bags, and for bags and pulls what makes a step
     of sgd their renewal (``Form.implicit``). ``slope`` (rows, members): the loss's derivative by the scores."""
     form = session.model.form
-    item, (bag, pull) = scored.item[:, : form.dim], torch.split(scored.user[:, form.width :], form.dim, dim=1)
+    end_of_bag = form.width + form.dim
+    item, bag, pull = scored.item[:, : form.dim], scored.user[:, form.width : end_of_bag], scored.user[:, end_of_bag:]
     to_bag = form.implicit * share.sqrt()[:, None] * item.detach() * form.is_factor().to(share.device)
     to_pull = to_bag * slope.repeat_interleave(form.part, dim=1)
     renewal = ((to_bag - share[:, None] * bag.detach()) * bag).sum()
     renewal = renewal + ((to_pull - share[:, None] * pull.detach()) * pull).sum()
     rate = session.optimizer.rate(session.progress.step + 1)
-    through: torch.Tensor = ((pull.detach() - to_pull) * item).sum() - renewal / rate
-    return through
+    total: torch.Tensor = ((pull.detach() - to_pull) * item).sum() - renewal / rate
+    return total
 
 
 # Setting up ---------------------------------------------------------------------------------------

@@ -241,7 +241,7 @@ def in_environment(
 
 def too_long_for_svdpp(limit: float, split: Split) -> str:
     squares = float((np.bincount(split.arrays["user"]).astype(np.float64) ** 2).sum())
-    return f"left out: the squares of the users' ratings add up to {squares / 1e6:.0f} M" if squares > limit else ""
+    return f"left out (squares: {squares / 1e6:.0f} M)" if squares > limit else ""
 
 
 # Measuring ----------------------------------------------------------------------------------------
@@ -299,16 +299,22 @@ def compare(split: Split, mine: Array, theirs: Array) -> list[float]:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Markdown, as the README shows it."""
-    print("| data | system | RMSE | MAE | seconds | ours minus this, 95% interval |\n|---|---|---|---|---|---|")
+    """Markdown, as the README shows it: a cell is RMSE, MAE and seconds."""
+    names, systems = list(dict.fromkeys(r["dataset"] for r in rows)), list(dict.fromkeys(r["system"] for r in rows))
+    cells = {(row["system"], row["dataset"]): row for row in rows}
+    print(f"| RMSE, MAE, seconds | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
+    for system in systems:
+        print(f"| {system} | {' | '.join(_figures(cells[system, name]) for name in names)} |")
     for row in rows:
-        if row["reason"]:
-            print(f"| {row['dataset']} | {row['system']} | {row['reason']} | | | |")
-            continue
-        low_high = row.get("ours_minus_this")
-        shown = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*low_high) if low_high else ""
-        print(f"| {row['dataset']} | {row['system']} | {row['rmse']:.4f} | {row['mae']:.4f} | {row['seconds']:.1f} | "
-              f"{shown} |")  # fmt: skip
+        if "ours_minus_this" in row:
+            difference, low, high = row["ours_minus_this"]
+            print(f"\n{row['dataset']}: {OURS} against {row['system']}: RMSE {difference:+.4f}, "
+                  f"95% interval [{low:+.4f}, {high:+.4f}]", end="")  # fmt: skip
+    print()
+
+
+def _figures(row: dict[str, Any]) -> str:
+    return row["reason"] or f"{row['rmse']:.4f}, {row['mae']:.4f}, {row['seconds']:.1f}"
 
 
 if __name__ == "__main__":
