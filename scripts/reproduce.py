@@ -2,7 +2,8 @@
 
 OUT/twin.csv            the synthetic file (only of `twin`), its truth beside it
 OUT/data                the prepared dataset
-OUT/mf, mf_advanced     the vignette's models with its settings; OUT/svd its baseline; OUT/recipe our configuration
+OUT/mf, mf_advanced     the vignette's models with its settings; OUT/svd its baseline; OUT/ours our configuration, for
+                        a file of that size quick.toml (with --quick recipe.toml)
 OUT/comparison.json     all of them on the same validation rows
 OUT/result.json         every number with pass or fail, seconds and peak memory of every step
 OUT/index.html, vignette.png   the page, the vignette's figures beside ours
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK_ROWS = 60_000
 COMPARISON_NOT_MET, BAD_USAGE = 5, 2
 TRAININGS = ("mf", "mf_advanced")
+RUNS = (*TRAININGS, "ours", "svd")
 
 
 @dataclass(frozen=True)
@@ -103,30 +105,23 @@ def plan_steps(flags: argparse.Namespace, out: Path) -> list[Step]:
                           Path(f"{source}.truth.json").exists))  # fmt: skip
     steps.append(Step("prepare", "Prepare the dataset", _job("prepare", source, "--out", data),
                       (data / "dataset.json").exists))  # fmt: skip
-    configs = {"mf": "vignette_mf", "mf_advanced": "vignette_mf_advanced", "recipe": "recipe"}
+    configs = {"mf": "vignette_mf", "mf_advanced": "vignette_mf_advanced", "ours": "recipe" if flags.quick else "quick"}
     titles = {"mf": "The vignette's model mf", "mf_advanced": "The vignette's model mf_advanced",
-              "recipe": "Our own configuration"}  # fmt: skip
-    for name in runs_of(out)[:-1]:
+              "ours": "Our own configuration for a file of this size"}  # fmt: skip
+    for name in RUNS[:-1]:
         command = [*_launcher(flags.ranks), "jobs/train.py", "--data", str(data), "--run", str(out / name), "--config",
                    f"jobs/configs/{configs[name]}.toml", "--keep", "1"]  # fmt: skip
-        if name != "recipe":  # its settings are the vignette's; how often it saves itself is not one of them
+        if name != "ours":  # its settings are the vignette's; how often it saves itself is not one of them
             command += ["--checkpoint-every", "2m"]
         steps.append(Step(name, titles[name], command + ["--epochs", "2"] * flags.quick, lambda: False))
     quick = ["--epochs", "2", "--factors", "20"] * flags.quick
     steps.append(Step("svd", "The vignette's baseline: Surprise's SVD with its defaults",
                       _job("baseline_svd", "--data", data, "--run", out / "svd", *quick),
                       (out / "svd" / "report.json").exists))  # fmt: skip
-    compared = [out / name for name in ("mf_advanced", "svd", "mf")]
-    compared = [out / "recipe"] * ("recipe" in runs_of(out)) + compared
+    compared = [out / name for name in ("ours", "mf_advanced", "svd", "mf")]
     steps.append(Step("evaluate", "All of them on the same validation rows",
                       _job("evaluate", *compared, "--out", out / "comparison.json"), lambda: False))  # fmt: skip
     return steps
-
-
-def runs_of(out: Path) -> list[str]:
-    """Names of the runs, the baseline last; ours only where its configuration is there."""
-    ours = ["recipe"] if (ROOT / "jobs/configs/recipe.toml").exists() else []
-    return [*TRAININGS, *ours, "svd"]
 
 
 def _job(name: str, *words: object) -> list[str]:
@@ -198,13 +193,13 @@ def read_json(path: Path) -> Any:
 
 def write_result(flags: argparse.Namespace, out: Path) -> list[Check]:
     """Check every number and write OUT/result.json."""
-    reports = {name: read_json(out / name / "report.json") for name in runs_of(out)}
+    reports = {name: read_json(out / name / "report.json") for name in RUNS}
     reports["data"] = read_json(out / "data" / "dataset.json")
     checks = vignette.check(reports, flags.source == "twin", judged=not flags.quick)
     truth = read_json(out / "twin.csv.truth.json")
     result = {
         "source": flags.source, "ratings": sum(reports["data"]["num_ratings"].values()), "quick": flags.quick,
-        "synthetic": flags.source == "twin", "noise_floor": truth and truth["noise_floor"], "runs": runs_of(out),
+        "synthetic": flags.source == "twin", "noise_floor": truth and truth["noise_floor"], "runs": RUNS,
         "checks": [dataclasses.asdict(entry) for entry in checks], "steps": measurements(out),
     }  # fmt: skip
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
