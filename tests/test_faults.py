@@ -90,7 +90,7 @@ def wait_for_step(run, step, process, seconds=240.0):
 
 MATRIX = [
     ("first step", 0, 1), ("first step", 1, 1), ("mid-step", 0, 23), ("mid-step", 1, 41), ("exchange", 0, 40),
-    ("exchange", 1, 120), ("check", 0, 5), ("before shard", 0, 2), ("before shard", 1, 3), ("in shard", 0, 9),
+    ("exchange", 1, 55), ("check", 0, 5), ("before shard", 0, 2), ("before shard", 1, 3), ("in shard", 0, 9),
     ("in shard", 1, 15), ("flush", 0, 2), ("flush", 1, 3), ("before metadata", 0, 2), ("before COMMIT", 0, 3),
     ("before COMMIT", 0, 4), ("prune", 0, 1), ("prune", 0, 2), ("evaluation", 0, 1), ("evaluation", 1, 2),
     ("export", 0, 1),
