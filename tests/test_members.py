@@ -43,7 +43,7 @@ def test_the_kernels_equal_autograd(data, tmp_path, ranks):
         for name, values in settings.items()
         for sharding in ("row", "replicated")
     ]
-    reports = run_ranks(ranks, train_all, configs)[0]
+    reports = run_ranks(ranks, train_all, configs, timeout=400.0)[0]
     for fused, autograd in zip(reports[::2], reports[1::2], strict=True):
         np.testing.assert_allclose(curve(fused), curve(autograd), rtol=2e-5, err_msg=str(fused["config"]))
         assert fused["epochs"][-1]["train_rmse"] < fused["epochs"][0]["train_rmse"]
