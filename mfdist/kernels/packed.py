@@ -105,7 +105,7 @@ def catch_up(shape: Any, table: Any, base: Any, last: Any, now: Any, rules: Any,
 def forget(lanes: Any, table: Any, d: Any, width: Any, lost: Any, decay: Any, s1: Any, s2: Any) -> None:
     """The missed steps at once: w <- decay (w - m lost), m <- s1 m, v <- s2 v, at ``table[d]`` and its state."""
     m = load(lanes, table, d + width)
-    store(lanes, table, d, decay * (load(lanes, table, d) - m * lost))
+    store(lanes, table, d, decay * fma(lost * np.float32(-1), m, load(lanes, table, d)))
     store(lanes, table, d + width, m * s1)
     store(lanes, table, d + 2 * width, load(lanes, table, d + 2 * width) * s2)
 
@@ -210,7 +210,7 @@ def move_adam(lanes: Any, table: Any, base: Any, d: Any, width: Any, grad: Any, 
     g, m = load(lanes, grad, d), load(lanes, table, place + width)
     m = fma(rest1, g - m, m)
     v = fma(rest2 * g, g, load(lanes, table, place + 2 * width) * beta2)
-    w = load(lanes, table, place) * decay - rate1 * m / fma(root(v), root2, eps)
+    w = fma(load(lanes, table, place), decay, -rate1 * m / fma(root(v), root2, eps))
     store(lanes, table, place, w)
     store(lanes, table, place + width, m)
     store(lanes, table, place + 2 * width, v)
