@@ -202,6 +202,8 @@ def _scan_split(
                 own.add(raw, rating, counts[0] == 0, counts[1] == 0)
                 clipped = metrics.clip_to_scale(raw, low, high)
                 _add_clipped(total, clipped, rating.astype(np.float64), counts, block, (low, high))
+        for model in models:  # the next lane's users are others
+            model.model.release_users()
     for own, total in zip(slices, sums, strict=True):
         total.slices, total.activity = world.sum(own.values), world.sum(total.activity)
         total.calibration, total.blocks = world.sum(total.calibration), world.sum(total.blocks)

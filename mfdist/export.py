@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
@@ -175,6 +176,12 @@ class ExportedModel:
             block = slice(first, first + BLOCK_ROWS)
             prediction[block] = self._predict_block(np.asarray(user[block]), np.asarray(item[block]))
         return prediction
+
+    def release_users(self) -> None:
+        """Take the user rows read so far out of this process's memory; the system's cache keeps them."""
+        mapped = self.user_embedding.base
+        if isinstance(mapped, np.memmap) and isinstance(mapped.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.base.madvise(mmap.MADV_DONTNEED)
 
     def rating_of_score(self, score: Array) -> Floats:
         """The predicted rating of a raw score: the sigmoid onto its range, or the score itself."""
