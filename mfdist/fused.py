@@ -47,13 +47,13 @@ class Grouped:
     def reserve(self, ratings: int) -> None:
         """Make room for a batch of so many ratings."""
         self.room = ratings
-        self.order, self.scratch, self.rows, self.slot = (np.empty(ratings + 1, np.int32) for _ in range(4))
-        self.starts = np.empty(ratings + 2, np.int32)
+        self.order, self.rows, self.slot = (np.empty(ratings + 1, np.int32) for _ in range(3))
+        self.starts, self.pairs = np.empty(ratings + 2, np.int32), np.empty((2, ratings + 1), np.int64)
 
     @property
-    def arrays(self) -> tuple[Ints32, Ints32, Ints32, Ints32, Ints32]:
+    def arrays(self) -> tuple[Ints32, npt.NDArray[np.int64], Ints32, Ints32, Ints32]:
         """In the order of the arguments of ``kernels.grouping.group``."""
-        return self.order, self.scratch, self.rows, self.starts, self.slot
+        return self.order, self.pairs, self.rows, self.starts, self.slot
 
 
 @dataclass

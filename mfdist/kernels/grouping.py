@@ -13,10 +13,11 @@ ROW_LOAD = 4
 
 
 @kernel
-def group(ids: Any, order: Any, scratch: Any, rows: Any, starts: Any, slot: Any) -> int:
+def group(ids: Any, order: Any, pairs: Any, rows: Any, starts: Any, slot: Any) -> int:
     """Sort ``ids`` (int32, not negative) stably: distinct ``rows`` ascending, and where each starts in ``order``.
 
     ``slot[k]``: position of ``ids[k]`` among the rows. Returns the number of rows; ``starts`` has one entry more.
+    ``pairs`` int64 (2, at least len(ids)): space for (id, k), which go from pass to pass together.
     """
     n = ids.size
     top = 0
@@ -27,38 +28,35 @@ def group(ids: Any, order: Any, scratch: Any, rows: Any, starts: Any, slot: Any)
         bits += 1
     passes = (bits + 10) // 11
     width = (bits + passes - 1) // passes
-    histogram = np.zeros(1 << width, np.int32)
-    source, target = scratch, order
+    mask = (1 << width) - 1
+    place = np.zeros((passes, 1 << width), np.int32)
+    source, target = pairs[0], pairs[1]
     for k in range(n):
-        source[k] = k
+        found = np.int64(ids[k])
+        source[k] = found << 32 | k
+        for turn in range(passes):
+            place[turn, (found >> turn * width) & mask] += 1
     for turn in range(passes):
-        shift = turn * width
-        mask = (1 << width) - 1
-        histogram[:] = 0
-        for k in range(n):
-            histogram[(ids[k] >> shift) & mask] += 1
+        shift = 32 + turn * width
         total = 0
-        for b in range(histogram.size):
-            count = histogram[b]
-            histogram[b] = total
+        for b in range(mask + 1):
+            count = place[turn, b]
+            place[turn, b] = total
             total += count
-        for k in range(n):
-            j = source[k]
-            b = (ids[j] >> shift) & mask
-            target[histogram[b]] = j
-            histogram[b] += 1
+        for q in range(n):
+            pair = source[q]
+            b = (pair >> shift) & mask
+            target[place[turn, b]] = pair
+            place[turn, b] += 1
         source, target = target, source
-    number, last = -1, -1
+    number, last = -1, np.int64(-1)
+    starts[0] = 0
     for q in range(n):
-        k = source[q]
-        order[q] = k
-        if ids[k] != last:
-            number += 1
-            last = ids[k]
-            rows[number] = last
-            starts[number] = q
-        slot[k] = number
-    starts[number + 1] = n
+        row, k = source[q] >> 32, source[q] & 0xFFFFFFFF
+        number += row != last
+        last = row
+        rows[number], starts[number + 1] = row, q + 1
+        order[q], slot[k] = k, number
     return number + 1
 
 
