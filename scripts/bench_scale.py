@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What each stage of the pipeline costs as the data grows: seconds, rows/s, peak memory and bytes on disk.
 
-    python scripts/bench_scale.py --json scale.json                # 1 M to 200 M rows: an hour or so, 40 GB of disk
+    python scripts/bench_scale.py --json scale.json                # 1 M to 200 M rows: half an hour, 20 GB of disk
     python scripts/bench_scale.py --sizes 1e6,8e6 --folder /scratch
     python scripts/bench_scale.py --sizes 200e6 --keep --again train    # the data of an earlier --keep, one stage anew
 
