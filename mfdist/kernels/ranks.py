@@ -9,7 +9,7 @@ import numpy as np
 from mfdist.kernels.columns import AHEAD, add_times, aligned, ask, clear, copy
 from mfdist.kernels.cpu import gradient, user_pass
 from mfdist.kernels.grouping import cut, group
-from mfdist.kernels.machine import arrive, arrived_at, bare, kernel, numbers_of, prefetch_read, wait_for_all
+from mfdist.kernels.machine import arrive, arrived_at, bare, inlined, kernel, numbers_of, prefetch_read, wait_for_all
 from mfdist.kernels.packed import TERMS, catch_up, move
 from mfdist.kernels.vectors import LANES
 
@@ -81,6 +81,14 @@ def update_from_ranks(
     unaligned[0] = 0  # it lives until here
 
 
+@inlined
+def meet(gate: Any, threads: Any, passed: Any) -> Any:
+    """Wait for the other threads of this rank; returns the arrivals at ``gate`` so far, ``passed`` before."""
+    if threads > 1:
+        wait_for_all(gate, passed + threads)
+    return passed + threads
+
+
 @kernel
 def step_of_ranks(
     thread: Any, threads: Any, gate: Any, stage: Any, shape: Any, user: Any, item: Any, rating: Any, by_user: Any,
@@ -121,9 +129,7 @@ def step_of_ranks(
                 counts[OWNED] = group(
                     requests[:number], by_owner[0], by_owner[1], by_owner[2], by_owner[3], by_owner[4]
                 )
-        passed += threads
-        if threads > 1:
-            wait_for_all(gate, passed)
+        passed = meet(gate, threads, passed)
         if counts[STAGE] != LEARN:
             return
         low, high = counts[OWNED] * thread // threads, counts[OWNED] * (thread + 1) // threads
@@ -134,17 +140,13 @@ def step_of_ranks(
         stage = LEARN
         if not shared:
             return
-        passed += threads
-        if threads > 1:
-            wait_for_all(gate, passed)
+        passed = meet(gate, threads, passed)
         if thread == 0:
             arrive(signals[rank])
     if stage == LEARN:
         if thread == 0:
             counts[STAGE] = UPDATE if not shared or arrived_at(signals, signals[rank, 0]) else LEARN
-        passed += threads
-        if threads > 1:
-            wait_for_all(gate, passed)
+        passed = meet(gate, threads, passed)
         if counts[STAGE] != UPDATE:
             return
         users, items = counts[USERS], counts[ITEMS]
@@ -153,9 +155,7 @@ def step_of_ranks(
             shape, user_table, user_lasts, by_user[2], by_user[3], by_user[0], low, high, by_item[4], own, rating,
             before, slope, error, user_pulls, user_shares, now, rules, numbers,
         )  # fmt: skip
-        passed += threads
-        if threads > 1:
-            wait_for_all(gate, passed)
+        passed = meet(gate, threads, passed)
         low, high = cut(by_item[3], items, thread, threads), cut(by_item[3], items, thread + 1, threads)
         gradient(
             shape, by_item[2], by_item[3], by_item[0], low, high, by_user[4], own, before, slope, item_pulls,
@@ -164,17 +164,13 @@ def step_of_ranks(
         stage = UPDATE
         if not shared:
             return
-        passed += threads
-        if threads > 1:
-            wait_for_all(gate, passed)
+        passed = meet(gate, threads, passed)
         if thread == 0:
             arrive(signals[rank])
     if stage == UPDATE:
         if thread == 0:
             counts[STAGE] = DONE if not shared or arrived_at(signals, signals[rank, 0]) else UPDATE
-        passed += threads
-        if threads > 1:
-            wait_for_all(gate, passed)
+        passed = meet(gate, threads, passed)
         if counts[STAGE] != DONE:
             return
         low, high = counts[OWNED] * thread // threads, counts[OWNED] * (thread + 1) // threads
