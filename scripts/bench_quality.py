@@ -97,7 +97,7 @@ def one_round(dataset: Dataset, flags: Any, folder: str) -> list[Row]:
 
 def _row(dataset: Dataset, system: str, curve: list[tuple[float, float]], whole: float) -> Row:
     best = min(curve, key=lambda point: point[1])
-    return {"dataset": dataset.manifest.name, "system": system, "rmse": best[1], "seconds": best[0], "whole": whole,
+    return {"dataset": dataset.path, "system": system, "rmse": best[1], "seconds": best[0], "whole": whole,
             "curve": curve, "device": "cpu"}  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def print_table(rows: list[Row]) -> None:
         svd = next(r for r in rows if r["dataset"] == row["dataset"] and r["system"] == "Surprise SVD")
         reached = row["seconds_to_target"]
         shown = f"{reached:9.2f} {reached / svd['seconds_to_target']:7.3f}" if reached else f"{'never':>9} {'':7}"
-        print(f"{row['dataset'][:28]:28} {row['system']:18} {row['rmse']:9.4f} {row['seconds']:8.2f} {shown} "
+        print(f"{row['dataset'][-28:]:28} {row['system']:18} {row['rmse']:9.4f} {row['seconds']:8.2f} {shown} "
               f"{row['whole']:8.2f}")  # fmt: skip
 
 
