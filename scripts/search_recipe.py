@@ -48,7 +48,8 @@ ROW_L2 = (6.0, 4.5, 5.0, 6.5, 8.0, 35.0)
 def row_l2(factors: float = 1.0, biases: float = 1.0, scales: float = 1.0) -> list[float]:
     """--row-l2 with its three pairs of numbers multiplied."""
     return [
-        round(value * times, 3) for value, times in zip(ROW_L2, np.repeat([factors, biases, scales], 2), strict=True)
+        round(float(value * times), 3)
+        for value, times in zip(ROW_L2, np.repeat([factors, biases, scales], 2), strict=True)
     ]
 
 
