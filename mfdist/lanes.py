@@ -23,7 +23,8 @@ from mfdist.dataset import FileEntry
 from mfdist.ids import mix
 from mfdist.spill import Arrays
 
-BLOCK_ROWS = 512
+BLOCK_ROWS = 128
+"""Of a block of users (``--order blocks``): so few that a small batch holds most of a user's ratings at once."""
 MAX_DISTINCT = 1000
 DAY_SECONDS = 86_400
 
@@ -206,13 +207,12 @@ def lane_order(rows: Arrays, order: str, seed: int) -> npt.NDArray[np.int64]:
     """Places of a lane's rows (sorted by user) in file order."""
     if order == "random":
         return np.argsort(rows["key"])
-    first = np.append(True, rows["user"][1:] != rows["user"][:-1])
-    starts = np.flatnonzero(first)
-    block = np.repeat(starts // BLOCK_ROWS, np.diff(np.append(starts, rows["user"].size)))
-    # a block is as random as the key of its first row, which holds the seed
-    begins = np.flatnonzero(np.append(True, block[1:] != block[:-1]))
-    block_key = np.repeat(_mixed(rows["key"][begins]), np.diff(np.append(begins, block.size)))
-    return np.lexsort((rows["key"], block, block_key))
+    size = rows["user"].size
+    block_key = _mixed(rows["key"][::BLOCK_ROWS])  # a block is as random as the key of its first row, with the seed
+    if size % BLOCK_ROWS:
+        block_key[-1] = np.iinfo(np.uint64).max  # the rest comes last: a reader counts blocks from the first row on
+    block = np.arange(size) // BLOCK_ROWS
+    return np.lexsort((rows["key"], block, block_key[block]))
 
 
 def _mixed(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

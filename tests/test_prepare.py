@@ -582,6 +582,20 @@ def test_movielens_in_its_three_layouts(layout: str, tmp_path: Path) -> None:
     assert (sum(m.num_ratings.values()), m.num_users, m.num_items) == (100_000, 943, 1_682)
 
 
+def test_blocks_are_of_neighbouring_users_and_begin_where_a_reader_cuts() -> None:
+    rng = np.random.default_rng(0)
+    size, block = 1000, lanes.BLOCK_ROWS
+    rows = {"user": np.sort(rng.integers(0, 400, size)), "key": rng.integers(0, 2**64, size, np.uint64)}
+    order = lanes.lane_order(rows, "blocks", 0)
+    blocks = [order[first : first + block] for first in range(0, size, block)]
+    begins = [int(part.min()) for part in blocks]
+    for begin, part in zip(begins, blocks, strict=True):
+        assert sorted(part) == list(range(begin, begin + len(part))) and list(part) != sorted(part)
+    assert (
+        sorted(begins) == list(range(0, size, block)) and begins != sorted(begins) and begins[-1] == size - size % block
+    )
+
+
 @pytest.mark.parametrize("order", ["random", "blocks"])
 def test_lanes_are_even_and_every_row_group_is_a_fair_sample(
     order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
