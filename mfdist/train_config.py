@@ -68,7 +68,7 @@ class TrainConfig:
         "the user's n items; 0: none", at_least=0,
     )  # fmt: skip
     betas: tuple[float, float] = flag((0.9, 0.999), "Adam's decay rates of the two moments", parse=parse_pair)
-    eps: float = flag(1e-8, "added to the root of the second moment", above=0)
+    eps: float = flag(1e-8, "added to the root of the second moment", at_least=1e-15)
     batch_size: int = flag(8192, "ratings of a step, over all ranks", at_least=1)
     epochs: int = flag(10, "passes over the training ratings", at_least=1)
     max_minutes: float | None = flag(None, "stop with a checkpoint after this many minutes", above=0)

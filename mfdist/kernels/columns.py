@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from mfdist.kernels.machine import inlined, prefetch, prefetch_read
+from mfdist.kernels.machine import inlined, prefetch, prefetch_far, unsigned
 from mfdist.kernels.vectors import LANES, SIXTEEN, fma, load, spread, store, total
 
-AHEAD = 8
-"""Rows between the one in work and the one whose memory is asked for."""
+FAR, NEAR = 16, 8
+"""Rows between the one in work and the one that is asked for into the second cache, and into the first."""
+FAR_RATINGS = 8
+"""The same in ratings, whose rows lie in buffers of this batch."""
 
 
 @inlined
@@ -27,20 +29,33 @@ def aligned(space: Any, width: Any) -> Any:
 
 
 @inlined
-def ask(array: Any, first: Any, size: Any) -> None:
-    """Ask for the cache lines of ``array[first : first + size]``."""
-    for k in range(first, first + size, 16):
-        prefetch(array, k)
-    prefetch(array, first + size - 1)
+def ask(table: Any, rows: Any, j: Any, high: Any, stride: Any) -> None:
+    """Ask for the packed rows of ``table`` that follow ``rows[j]`` at some distance, before ``rows[high]``."""
+    if j + FAR < high:
+        first = np.int64(rows[unsigned(j + FAR)]) * stride
+        for k in range(first, first + stride, LANES):
+            prefetch_far(table, k)
+        prefetch_far(table, first + stride - 1)
+    if j + NEAR < high:
+        first = np.int64(rows[unsigned(j + NEAR)]) * stride
+        for k in range(first, first + stride, LANES):
+            prefetch(table, k)
+        prefetch(table, first + stride - 1)
 
 
 @inlined
-def ask_row(buffer: Any, slot: Any, order: Any, q: Any, number: Any) -> None:
+def ask_line(buffer: Any, line: Any, width: Any) -> None:
+    """Ask for the first ``width`` columns of ``buffer[line]``."""
+    ahead = buffer[unsigned(line)]
+    for k in range(0, width, LANES):
+        prefetch_far(ahead, k)
+
+
+@inlined
+def ask_row(buffer: Any, slot: Any, order: Any, q: Any, number: Any, width: Any) -> None:
     """Ask for the row of ``buffer`` that rating ``order[q]`` of ``number`` will read."""
     if q < number:
-        ahead = buffer[slot[order[q]]]
-        for k in range(0, ahead.size, 16):
-            prefetch_read(ahead, k)
+        ask_line(buffer, slot[unsigned(order[unsigned(q)])], width)
 
 
 @inlined

@@ -19,11 +19,14 @@ from typing import Any
 import numpy as np
 
 from mfdist.kernels.bags import add_pull, join_bag, leading_biases, refill, stride_with_bag
-from mfdist.kernels.columns import AHEAD, add_times, aligned, ask, ask_row, clear, copy, dot, exponential
+from mfdist.kernels.columns import FAR_RATINGS, add_times, aligned, ask, ask_row, clear, copy, dot, exponential
 from mfdist.kernels.grouping import cut, group
-from mfdist.kernels.machine import bare, inlined, kernel, kernel_in_any_order, numbers_of, wait_for_all
+from mfdist.kernels.machine import bare, inlined, kernel, kernel_in_any_order, numbers_of, unsigned, wait_for_all
 from mfdist.kernels.packed import TERMS, catch_up, move, penalise
 from mfdist.kernels.vectors import LANES
+
+CHUNK = 8
+"""Users that are caught up before the first of them is scored: so many roots and divisions overlap."""
 
 
 @kernel
@@ -38,14 +41,13 @@ def gather(
     space = np.empty((2, TERMS), np.float32)
     terms = bare(space)
     for j in range(low, high):
-        if j + AHEAD < high:
-            ask(table, np.int64(rows[j + AHEAD]) * stride, stride)
-        base = np.int64(rows[j]) * stride
-        place = base + stride - 1
+        ask(table, rows, j, high, stride)
+        base = np.int64(rows[unsigned(j)]) * stride
+        place = unsigned(base + stride - 1)
         last = lasts[place]
         catch_up(shape, table, base, last, now, rules, numbers, terms)
         lasts[place] = now if last > 0 else -now
-        copy(table, base, out[j], width)
+        copy(table, base, out[unsigned(j)], width)
     space[0, 0] = 0  # it lives until here
 
 
@@ -76,54 +78,56 @@ def user_pass(
     rules = (bare(rules[0]), bare(rules[1]), bare(rules[2]), bare(rules[3]), rules[4], rules[5])
     space, unaligned = np.empty((2, TERMS), np.float32), np.empty(width + LANES, np.float32)
     terms, grad = bare(space), aligned(bare(unaligned), width)
-    for j in range(low, high):
-        if j + AHEAD < high:
-            ask(table, np.int64(rows[j + AHEAD]) * stride, stride)
-        base = np.int64(rows[j]) * stride
-        was = before[j]
-        catch_up(shape, table, base, lasts[base + stride - 1], now, rules, numbers, terms)
-        copy(table, base, was, width)
-        clear(grad, width)
-        penalise(grad, was, starts[j + 1] - starts[j], pulls, shares, rows[j], scale)
-        bag_weight = np.float32(0)
-        if implicit > 0:
-            bag_weight = implicit * np.sqrt(shares[rows[j]])
-            join_bag(shape, was, table, base, bag_weight)
-        for place in range(starts[j], starts[j + 1]):
-            k = order[place]
-            ask_row(items, item_slot, order, place + AHEAD, number)
-            item = items[item_slot[k]]
-            mean = np.float32(0)
-            for member in range(members):
-                first = member * part
-                score = offset + dot(was, item, first, part)
-                if user_bias >= 0:
-                    score += was[first + user_bias] + item[first + item_bias]
-                if implicit > 0:
-                    square = dot(item, item, first, part)
-                    for d in range(first, first + lead):
-                        square -= item[d] * item[d]
-                    score -= bag_weight * square
-                if sigmoid > 0:
-                    s = one / (one + exponential(-score))
-                    e = base_rating + span * s - rating[k]
-                    c = scale * e * span * s * (one - s)
-                else:
-                    e = score - rating[k]
-                    c = scale * e
-                mean += e
-                slope[k * members + member] = c
-                add_times(grad, c, item, first, part)
-                if user_bias >= 0:
-                    grad[first + user_bias] += c
-            error[k] = mean * share_of_members
-        if implicit > 0:
-            refill(
-                shape, table, base, items, item_slot, order, starts[j], starts[j + 1], slope, shares[rows[j]],
-                bag_weight,
-            )  # fmt: skip
-        move(shape, table, base, grad, numbers)
-        lasts[base + stride - 1] = now + 1
+    for chunk in range(low, high, CHUNK):
+        end = min(chunk + CHUNK, high)
+        for j in range(chunk, end):
+            ask(table, rows, j, high, stride)
+            base = np.int64(rows[unsigned(j)]) * stride
+            catch_up(shape, table, base, lasts[unsigned(base + stride - 1)], now, rules, numbers, terms)
+            copy(table, base, before[unsigned(j)], width)
+        for j in range(chunk, end):
+            base, was = np.int64(rows[unsigned(j)]) * stride, before[unsigned(j)]
+            clear(grad, width)
+            penalise(grad, was, starts[j + 1] - starts[j], pulls, shares, rows[j], scale)
+            bag_weight = np.float32(0)
+            if implicit > 0:
+                bag_weight = implicit * np.sqrt(shares[rows[j]])
+                join_bag(shape, was, table, base, bag_weight)
+            for place in range(starts[unsigned(j)], starts[unsigned(j + 1)]):
+                k = order[unsigned(place)]
+                ask_row(items, item_slot, order, place + FAR_RATINGS, number, width)
+                item = items[unsigned(item_slot[unsigned(k)])]
+                mean = np.float32(0)
+                for member in range(members):
+                    first = member * part
+                    score = offset + dot(was, item, first, part)
+                    if user_bias >= 0:
+                        score += was[unsigned(first + user_bias)] + item[unsigned(first + item_bias)]
+                    if implicit > 0:
+                        square = dot(item, item, first, part)
+                        for d in range(first, first + lead):
+                            square -= item[d] * item[d]
+                        score -= bag_weight * square
+                    if sigmoid > 0:
+                        s = one / (one + exponential(-score))
+                        e = base_rating + span * s - rating[unsigned(k)]
+                        c = scale * e * span * s * (one - s)
+                    else:
+                        e = score - rating[unsigned(k)]
+                        c = scale * e
+                    mean += e
+                    slope[unsigned(k * members + member)] = c
+                    add_times(grad, c, item, first, part)
+                    if user_bias >= 0:
+                        grad[unsigned(first + user_bias)] += c
+                error[unsigned(k)] = mean * share_of_members
+            if implicit > 0:
+                refill(
+                    shape, table, base, items, item_slot, order, starts[j], starts[j + 1], slope, shares[rows[j]],
+                    bag_weight,
+                )  # fmt: skip
+            move(shape, table, base, grad, numbers)
+            lasts[unsigned(base + stride - 1)] = now + 1
     space[0, 0] = unaligned[0] = 0  # they live until here
 
 
@@ -133,16 +137,17 @@ def add_up(
     number: Any, implicit: Any,
 ) -> None:  # fmt: skip
     """Add to ``grad`` (width,) the gradient of one item from its ratings ``order[first:end]``, of ``number``."""
-    part, _width, _stride, _kind, members, _user_bias, item_bias = shape
+    part, width, _stride, _kind, members, _user_bias, item_bias = shape
+    reach = part * members if implicit <= 0 else width + part * members + 1
     for place in range(first, end):
-        k = order[place]
-        ask_row(before, user_slot, order, place + AHEAD, number)
-        user = before[user_slot[k]]
+        k = order[unsigned(place)]
+        ask_row(before, user_slot, order, place + FAR_RATINGS, number, reach)
+        user = before[unsigned(user_slot[unsigned(k)])]
         for member in range(members):
-            begin, c = member * part, slope[k * members + member]
+            begin, c = member * part, slope[unsigned(k * members + member)]
             add_times(grad, c, user, begin, part)
             if item_bias >= 0:
-                grad[begin + item_bias] += c
+                grad[unsigned(begin + item_bias)] += c
         if implicit > 0:
             add_pull(shape, grad, own, user, slope, k)
 
@@ -162,14 +167,13 @@ def item_pass(
     space = np.empty(width + LANES, np.float32)
     grad = aligned(bare(space), width)
     for j in range(low, high):
-        if j + AHEAD < high:
-            ask(table, np.int64(rows[j + AHEAD]) * stride, stride)
+        ask(table, rows, j, high, stride)
         clear(grad, width)
         penalise(grad, own[j], starts[j + 1] - starts[j], pulls, shares, rows[j], numbers[7])
         add_up(shape, grad, own[j], starts[j], starts[j + 1], order, user_slot, before, slope, number, numbers[13])
-        base = np.int64(rows[j]) * stride
+        base = np.int64(rows[unsigned(j)]) * stride
         move(shape, table, base, grad, numbers)
-        lasts[base + stride - 1] = now + 1
+        lasts[unsigned(base + stride - 1)] = now + 1
     space[0] = 0  # it lives until here
 
 

@@ -50,8 +50,8 @@ NODES = tl.constexpr(rules.NODES)
 
 STEP_COLUMNS = tl.constexpr(16)
 """Floats of a row of ``by_step``: see :func:`step_table`."""
-RATIO = tl.constexpr(2)
-PACE = tl.constexpr(11)
+RULE = tl.constexpr(2)
+PACE = tl.constexpr(10)
 
 
 # Grouping -----------------------------------------------------------------------------------------
@@ -152,37 +152,36 @@ def expm1(x: tl.tensor) -> Any:
 
 
 @triton.jit
-def fraction(
-    a: tl.tensor, eps: tl.tensor, p0: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor, q1: tl.tensor,
-    q2: tl.tensor, q3: tl.tensor, q4: tl.tensor,
+def left(
+    a: tl.tensor, eps: tl.tensor, p0: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor, p4: tl.tensor,
+    p5: tl.tensor, p6: tl.tensor,
 ) -> Any:  # fmt: skip
-    """A rule of four nodes as one fraction (``AdamRules.ratios``); ``a`` is sqrt(v) c."""
+    """A rule by its polynomial (``AdamRules.polynomials``); ``a`` is sqrt(v) c."""
     inverse = 1 / (a + eps)
     r = a * inverse
-    return inverse * (p0 + r * (p1 + r * (p2 + r * p3))) / (1 + r * (q1 + r * (q2 + r * (q3 + r * q4))))
+    return inverse * (p0 + r * (p1 + r * (p2 + r * (p3 + r * (p4 + r * (p5 + r * p6))))))
 
 
 @triton.jit
-def add_fraction(
+def add_rule(
     total: tl.tensor, total_b: tl.tensor, root: tl.tensor, root_b: tl.tensor, step: tl.tensor, use: tl.tensor,
     shrink: tl.tensor, gain: tl.tensor, by_step: tl.tensor, eps: tl.tensor,
 ) -> Any:  # fmt: skip
     """Add the rules of steps ``step`` (R,), points times ``shrink`` and weights times ``gain``, where in ``use``."""
-    row = by_step + step * STEP_COLUMNS + RATIO
+    row = by_step + step * STEP_COLUMNS + RULE
     c = shrink * tl.load(row, mask=use, other=1.0)
     p0 = gain * tl.load(row + 1, mask=use, other=0.0)
     p1 = gain * tl.load(row + 2, mask=use, other=0.0)
     p2 = gain * tl.load(row + 3, mask=use, other=0.0)
     p3 = gain * tl.load(row + 4, mask=use, other=0.0)
-    q1 = tl.load(row + 5, mask=use, other=0.0)
-    q2 = tl.load(row + 6, mask=use, other=0.0)
-    q3 = tl.load(row + 7, mask=use, other=0.0)
-    q4 = tl.load(row + 8, mask=use, other=0.0)
-    total += fraction(
-        root * c[:, None], eps, p0[:, None], p1[:, None], p2[:, None], p3[:, None], q1[:, None], q2[:, None],
-        q3[:, None], q4[:, None],
+    p4 = gain * tl.load(row + 5, mask=use, other=0.0)
+    p5 = gain * tl.load(row + 6, mask=use, other=0.0)
+    p6 = gain * tl.load(row + 7, mask=use, other=0.0)
+    total += left(
+        root * c[:, None], eps, p0[:, None], p1[:, None], p2[:, None], p3[:, None], p4[:, None], p5[:, None],
+        p6[:, None],
     )  # fmt: skip
-    total_b += fraction(root_b * c, eps, p0, p1, p2, p3, q1, q2, q3, q4)
+    total_b += left(root_b * c, eps, p0, p1, p2, p3, p4, p5, p6)
     return total, total_b
 
 
@@ -191,7 +190,7 @@ def add_nodes(
     total: tl.tensor, total_b: tl.tensor, root: tl.tensor, root_b: tl.tensor, step: tl.tensor, use: tl.tensor,
     shrink: tl.tensor, gain: tl.tensor, early: tl.tensor, eps: tl.tensor,
 ) -> Any:  # fmt: skip
-    """:func:`add_fraction` for early steps, whose rules have more nodes."""
+    """:func:`add_rule` for early steps, whose rules have more nodes."""
     for k in range(NODES):
         row = early + step * (2 * NODES) + k
         x = shrink * tl.load(row, mask=use, other=1.0)
@@ -227,7 +226,7 @@ def momentum_left(
         one = tl.full(gap.shape, 1.0, tl.float32)
         later = far & (last >= plain_below)
         if tl.max(later.to(tl.int32), 0) > 0:
-            total, total_b = add_fraction(total, total_b, root, root_b, last, later, one, one, by_step, eps)
+            total, total_b = add_rule(total, total_b, root, root_b, last, later, one, one, by_step, eps)
         first = far & (last < plain_below)
         if tl.max(first.to(tl.int32), 0) > 0:
             total, total_b = add_nodes(total, total_b, root, root_b, last, first, one, one, early, eps)
@@ -238,7 +237,7 @@ def momentum_left(
             gain = tl.where(near, -power * (1 + expm1(-log_gain)), 0.0)
             end = tl.zeros_like(gap) + now
             if now >= plain_below:
-                total, total_b = add_fraction(total, total_b, root, root_b, end, near, shrink, gain, by_step, eps)
+                total, total_b = add_rule(total, total_b, root, root_b, end, near, shrink, gain, by_step, eps)
             else:
                 total, total_b = add_nodes(total, total_b, root, root_b, end, near, shrink, gain, early, eps)
     return total, total_b
@@ -618,13 +617,14 @@ def shape_of(dim: int, bias: bool, kind: int, state: int, sigmoid: bool, penalis
 
 
 def step_table(rules: AdamRules, betas: tuple[float, float], weight_decay: float) -> np.typing.NDArray[np.float32]:
-    """float32 (steps + 1, STEP_COLUMNS): of each step, amplitude and spread, the rule as a fraction (c, p0..p3,
-    q1..q4), and the pace of the step itself: -lr wd, lr / (1 - b1^t), 1 / sqrt(1 - b2^t), lr; one column is free."""
+    """float32 (steps + 1, STEP_COLUMNS): of each step, amplitude and spread, the rule as a polynomial (c,
+    p0..p6), and the pace of the step itself: -lr wd, lr / (1 - b1^t), 1 / sqrt(1 - b2^t), lr; two columns are free."""
     t = np.arange(len(rules.amplitude))
     rate = rules.amplitude * (1 - rules.betas[0] ** t)
     safe = np.maximum(t, 1)
     pace = (-rate * weight_decay, rate / (1 - betas[0] ** safe), 1 / np.sqrt(1 - betas[1] ** safe), rate)
-    return np.column_stack([rules.amplitude, rules.spread, rules.ratios(), *pace, 0 * rate]).astype(np.float32)
+    columns = (rules.amplitude, rules.spread, rules.polynomials(), *pace, 0 * rate, 0 * rate)
+    return np.column_stack(columns).astype(np.float32)
 
 
 def rules_on(
@@ -634,8 +634,8 @@ def rules_on(
     of the betas, the root of the second), early float32 (plain_below + horizon, 2, NODES), horizon, plain_below, eps,
     1 - betas.
     """
-    _by_step, powers, _ratios, early, horizon, plain_below = packed.rule_arrays(rules)
-    by_gap = np.column_stack([powers, np.sqrt(powers[:, 1]), np.zeros(len(powers))])
+    _by_step, powers, _polynomials, early, horizon, plain_below = packed.rule_arrays(rules)
+    by_gap = np.column_stack([powers, np.zeros(len(powers))])
     arrays = (rules.log_decay, step_table(rules, betas, weight_decay), by_gap.astype("f4"), early.astype("f4"))
     tables = [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
     return (*tables, horizon, plain_below, eps, 1 - betas[0], 1 - betas[1])

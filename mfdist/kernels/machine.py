@@ -33,8 +33,11 @@ kernel_in_any_order = _compiled(fastmath=True)
 inlined: Any = njit(nogil=True, error_model="numpy", inline="always")
 
 
-def _prefetch(write: int) -> Any:
-    """An intrinsic that asks for the cache line of ``array[index]``, to be read or to be written soon."""
+def _prefetch(write: int, locality: int) -> Any:
+    """An intrinsic that asks for the cache line of ``array[index]``, to be read or to be written soon.
+
+    ``locality`` as LLVM has it: 3 all caches, 2 from the second on.
+    """
 
     @intrinsic
     def line(typingctx: Any, array: Any, index: Any) -> Any:
@@ -47,7 +50,7 @@ def _prefetch(write: int) -> Any:
             i32 = ir.IntType(32)
             kind = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
             function = insert(builder.module, kind, "llvm.prefetch.p0i8")
-            builder.call(function, [pointer, i32(write), i32(3), i32(1)])
+            builder.call(function, [pointer, i32(write), i32(locality), i32(1)])
             return context.get_dummy_value()
 
         return types.void(array, index), generate
@@ -67,6 +70,16 @@ def _bare(typingctx: Any, array: Any) -> Any:
         return view._getvalue()
 
     return array(array), generate
+
+
+@intrinsic
+def _unsigned(typingctx: Any, index: Any) -> Any:
+    """An index that is not negative: numba counts from the end otherwise, by four instructions an access."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.cast(builder, arguments[0], signature.args[0], types.uint64)
+
+    return types.uint64(index), generate
 
 
 @intrinsic
@@ -117,9 +130,11 @@ SPINS = 2000
 """Looks at the gate before the processor is offered to somebody else."""
 
 
-prefetch: Any = _prefetch(1)
-prefetch_read: Any = _prefetch(0)
+prefetch: Any = _prefetch(1, 3)
+prefetch_far: Any = _prefetch(0, 2)
+"""The second cache can wait for many lines at once; the first, for some twenty, and then all loads wait with it."""
 bare: Any = _bare
+unsigned: Any = _unsigned
 arrived: Any = _arrived
 _add_one: Any = _arrive
 

@@ -46,12 +46,13 @@ def shape_of(dim: int, bias: bool, members: int, kind: int) -> tuple[int, int, i
 
 
 @inlined
-def decay_between(by_step: Any, first: Any, end: Any) -> Any:
-    """D_end / D_first, see ``kernels.rules``."""
+def decays_between(by_step: Any, first: Any, end: Any) -> Any:
+    """(D_end / D_first, D_first / D_end), see ``kernels.rules``."""
     log = by_step[end, LOG_DECAY] - by_step[first, LOG_DECAY]
-    if abs(log) < 0.01:  # four terms are exact to 1e-12 there, at a tenth of the time
-        return 1.0 + log * (1.0 + log * (0.5 + log * (1.0 / 6.0 + log / 24.0)))
-    return np.exp(log)
+    if abs(log) < 0.01:  # five terms are exact to 1e-12 there, at a tenth of the time
+        even, odd = 1.0 + log * log * (0.5 + log * log * (1.0 / 24.0)), log * (1.0 + log * log * (1.0 / 6.0))
+        return even + odd, even - odd
+    return np.exp(log), np.exp(-log)
 
 
 @inlined
@@ -62,14 +63,14 @@ def catch_up(shape: Any, table: Any, base: Any, last: Any, now: Any, rules: Any,
     """
     if abs(last) != now:
         width, kind = shape[1], shape[3]
-        by_step, by_gap, ratios, _early, horizon, plain_below = rules
-        ratio = decay_between(by_step, abs(last), now)
+        by_step, by_gap, polynomials, _early, horizon, plain_below = rules
+        ratio, inverse = decays_between(by_step, abs(last), now)
         decay = np.float32(ratio)
         if kind == ADAMW and last > 0:
             gap, eps = now - last, numbers[5]
             s1, s2 = np.float32(by_gap[gap, 0]), np.float32(by_gap[gap, 1])
             if gap > SHORT_GAP and last >= plain_below:
-                first = ratios[last]
+                first = polynomials[last]
                 if gap >= horizon:
                     for d in range(base, base + full(width), LANES):
                         lost = one_rule(root(load(SIXTEEN, table, d + 2 * width)), eps, first)
@@ -78,8 +79,8 @@ def catch_up(shape: Any, table: Any, base: Any, last: Any, now: Any, rules: Any,
                         lost = one_rule(root(load(ONE, table, d + 2 * width)), eps, first)
                         forget(ONE, table, d, width, lost, decay, s1, s2)
                 else:
-                    second, shrink = ratios[now], np.float32(np.sqrt(by_gap[gap, 1]))
-                    gain = np.float32(-by_gap[gap, 0] / ratio)
+                    second, shrink = polynomials[now], np.float32(by_gap[gap, 2])
+                    gain = np.float32(-by_gap[gap, 0] * inverse)
                     for d in range(base, base + full(width), LANES):
                         lost = two_rules(root(load(SIXTEEN, table, d + 2 * width)), eps, first, second, shrink, gain)
                         forget(SIXTEEN, table, d, width, lost, decay, s1, s2)
@@ -87,7 +88,7 @@ def catch_up(shape: Any, table: Any, base: Any, last: Any, now: Any, rules: Any,
                         lost = two_rules(root(load(ONE, table, d + 2 * width)), eps, first, second, shrink, gain)
                         forget(ONE, table, d, width, lost, decay, s1, s2)
             else:
-                count = terms_of(gap, last, now, rules, ratio, terms)
+                count = terms_of(gap, last, now, rules, inverse, terms)
                 for d in range(base, base + full(width), LANES):
                     lost = sum_terms(SIXTEEN, root(load(SIXTEEN, table, d + 2 * width)), eps, terms, count)
                     forget(SIXTEEN, table, d, width, lost, decay, s1, s2)
@@ -111,15 +112,10 @@ def forget(lanes: Any, table: Any, d: Any, width: Any, lost: Any, decay: Any, s1
 
 
 @inlined
-def above(r: Any, rule: Any) -> Any:
-    """The numerator of a rule as one fraction (``AdamRules.ratios``)."""
-    return fma(r, fma(r, fma(r, rule[4], rule[3]), rule[2]), rule[1])
-
-
-@inlined
-def below(r: Any, rule: Any) -> Any:
-    """Its denominator without the factor q."""
-    return fma(r, fma(r, fma(r, fma(r, rule[8], rule[7]), rule[6]), rule[5]), np.float32(1))
+def polynomial(r: Any, rule: Any) -> Any:
+    """p0 + p1 r + ... of a rule, see ``AdamRules.polynomials``."""
+    high = fma(r, fma(r, fma(r, rule[7], rule[6]), rule[5]), rule[4])
+    return fma(r, fma(r, fma(r, high, rule[3]), rule[2]), rule[1])
 
 
 @inlined
@@ -127,37 +123,36 @@ def one_rule(deviation: Any, eps: Any, rule: Any) -> Any:
     """What is left from a step on, at the roots of second moments."""
     a = deviation * rule[0]
     inverse = np.float32(1) / (a + eps)
-    r = a * inverse
-    return inverse * above(r, rule) / below(r, rule)
+    return inverse * polynomial(a * inverse, rule)
 
 
 @inlined
 def two_rules(deviation: Any, eps: Any, first: Any, second: Any, shrink: Any, gain: Any) -> Any:
     """What is left from the ``first`` step on, and ``gain`` times that from the ``second``, its points shrunk."""
     a, b = deviation * first[0], deviation * (second[0] * shrink)
-    p, q = np.float32(1) / (a + eps), np.float32(1) / (b + eps)
-    r, s = a * p, b * q
-    under, other = below(r, first), below(s, second)
-    return fma(p * above(r, first), other, gain * (q * above(s, second)) * under) / (under * other)
+    under, other = a + eps, b + eps
+    both = np.float32(1) / (under * other)
+    p, q = both * other, both * under
+    return fma(p, polynomial(a * p, first), gain * q * polynomial(b * q, second))
 
 
 @inlined
-def terms_of(gap: Any, last: Any, now: Any, rules: Any, ratio: Any, terms: Any) -> Any:
+def terms_of(gap: Any, last: Any, now: Any, rules: Any, inverse: Any, terms: Any) -> Any:
     """Weights and points of the sum where the gap is short (each step) or began early (nodes); returns their number."""
-    by_step, by_gap, _ratios, early, horizon, _plain_below = rules
+    by_step, by_gap, _polynomials, early, horizon, _plain_below = rules
     count = 0
     if gap <= SHORT_GAP:
         for j in range(1, gap + 1):
             t = last + j
-            terms[0, count] = by_step[t, AMPLITUDE] * by_gap[j, 0] / decay_between(by_step, last, t)
-            terms[1, count] = np.sqrt(by_gap[j, 1]) * by_step[t, SPREAD]
+            terms[0, count] = by_step[t, AMPLITUDE] * by_gap[j, 0] * decays_between(by_step, last, t)[1]
+            terms[1, count] = by_gap[j, 2] * by_step[t, SPREAD]
             count += 1
     else:
         for k in range(early.shape[2]):
             terms[0, count], terms[1, count] = early[last, 1, k], early[last, 0, k]
             count += 1
         if gap < horizon:
-            shrink, gain = np.sqrt(by_gap[gap, 1]), -by_gap[gap, 0] / ratio
+            shrink, gain = by_gap[gap, 2], -by_gap[gap, 0] * inverse
             for k in range(early.shape[2]):
                 terms[0, count], terms[1, count] = early[now, 1, k] * gain, early[now, 0, k] * shrink
                 count += 1
@@ -234,18 +229,18 @@ def penalise(grad: Any, weight: Any, count: Any, pulls: Any, shares: Any, row: A
 
 
 def rule_arrays(rules: AdamRules) -> tuple[Any, ...]:
-    """What kernels take: ``by_step`` float64 (steps + 1, 3), ``by_gap`` float64 (steps + 1, 2): powers of the betas,
-    ``ratios`` float32 (steps + 1, at least 9), ``early`` float64 (plain_below + horizon, 2, NODES): nodes and weights,
-    horizon, plain_below."""
+    """What kernels take: ``by_step`` float64 (steps + 1, 3), ``by_gap`` float64 (steps + 1, 3): powers of the betas and
+    the root of the second, ``polynomials`` float32 (steps + 1, at least DEGREE + 2), ``early`` float64 (plain_below +
+    horizon, 2, NODES): nodes and weights, horizon, plain_below."""
     steps = np.arange(len(rules.log_decay))
     power1 = rules.betas[0] ** steps
     power1[power1 < FORGOTTEN] = 0
-    found = rules.ratios()
-    ratios = row_buffer(*found.shape)
-    ratios[:, : found.shape[1]] = found
+    found = rules.polynomials()
+    polynomials = row_buffer(*found.shape)
+    polynomials[:, : found.shape[1]] = found
     early = min(rules.plain_below + rules.horizon, len(steps))
     return (
         np.column_stack([rules.log_decay, rules.amplitude, rules.spread]),
-        np.column_stack([power1, rules.betas[1] ** steps]), ratios,
-        np.stack([rules.nodes[:early], rules.weights[:early]], axis=1), rules.horizon, rules.plain_below,
+        np.column_stack([power1, rules.betas[1] ** steps, rules.betas[1] ** (steps / 2)]),
+        polynomials, np.stack([rules.nodes[:early], rules.weights[:early]], axis=1), rules.horizon, rules.plain_below,
     )  # fmt: skip

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from mfdist.kernels.columns import AHEAD, add_times, aligned, ask, clear, copy
+from mfdist.kernels.columns import FAR, add_times, aligned, ask, ask_line, clear, copy
 from mfdist.kernels.cpu import gradient, user_pass
 from mfdist.kernels.grouping import cut, group
-from mfdist.kernels.machine import arrive, arrived_at, bare, inlined, kernel, numbers_of, prefetch_read, wait_for_all
+from mfdist.kernels.machine import arrive, arrived_at, bare, inlined, kernel, numbers_of, unsigned, wait_for_all
 from mfdist.kernels.packed import TERMS, catch_up, move
 from mfdist.kernels.vectors import LANES
 
@@ -37,11 +37,11 @@ def gather_for_ranks(
     space = np.empty((2, TERMS), np.float32)
     terms = bare(space)
     for j in range(low, high):
-        if j + AHEAD < high:
-            ask(table, np.int64(rows[j + AHEAD]) * stride, stride)
-            ask(out[lines[order[starts[j + AHEAD]]]], 0, width)
-        base = np.int64(rows[j]) * stride
-        place = base + stride - 1
+        ask(table, rows, j, high, stride)
+        if j + FAR < high:
+            ask_line(out, lines[order[starts[j + FAR]]], width)
+        base = np.int64(rows[unsigned(j)]) * stride
+        place = unsigned(base + stride - 1)
         last = lasts[place]
         catch_up(shape, table, base, last, now, rules, numbers, terms)
         lasts[place] = now if last > 0 else -now
@@ -67,17 +67,15 @@ def update_from_ranks(
     unaligned = np.empty(width + LANES, np.float32)
     grad = aligned(bare(unaligned), width)
     for j in range(low, high):
-        if j + AHEAD < high:
-            ask(table, np.int64(rows[j + AHEAD]) * stride, stride)
-            ahead = grads[lines[order[starts[j + AHEAD]]]]
-            for k in range(0, width, 16):
-                prefetch_read(ahead, k)
+        ask(table, rows, j, high, stride)
+        if j + FAR < high:
+            ask_line(grads, lines[order[starts[j + FAR]]], width)
         clear(grad, width)
         for q in range(starts[j], starts[j + 1]):
             add_times(grad, one, grads[lines[order[q]]], 0, width)
-        base = np.int64(rows[j]) * stride
+        base = np.int64(rows[unsigned(j)]) * stride
         move(shape, table, base, grad, numbers)
-        lasts[base + stride - 1] = now + 1
+        lasts[unsigned(base + stride - 1)] = now + 1
     unaligned[0] = 0  # it lives until here
 
 

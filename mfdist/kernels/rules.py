@@ -32,10 +32,11 @@ Floats = npt.NDArray[np.float64]
 NODES = 10
 """Nodes of a rule: relative error of S below 1e-6 from the first step on, for any v (see tests/test_rules.py)."""
 LATER_NODES = 4
-"""Once the measure is so narrow that four nodes do, the rule becomes one fraction (:meth:`AdamRules.ratios`)."""
-FRACTION_ERROR = 3e-8
-"""Relative error of S that four nodes may have to count as enough."""
-SHORT_GAP = 8
+"""Once the measure is so narrow that four nodes do, the rule becomes a polynomial (:meth:`AdamRules.polynomials`)."""
+DEGREE = 6
+RULE_ERROR = 3e-8
+"""Relative error of S that four nodes and their polynomial may have to count as enough."""
+SHORT_GAP = 2
 """Gaps up to this long are summed as they are: the difference of two rules would cancel there."""
 HORIZON_WEIGHT = 1e-9
 """The sum is cut where a_j has fallen below this share of a_1."""
@@ -60,30 +61,29 @@ class AdamRules:
     plain_below: int
     """Rules before this step have NODES nodes, later ones LATER_NODES (the rest has weight zero)."""
 
-    def ratios(self) -> npt.NDArray[np.float32]:
-        """The rules from ``plain_below`` on as one fraction each, float32 (steps + 1, 9): c, p0..p3, q1..q4.
+    def polynomials(self) -> npt.NDArray[np.float32]:
+        """The rules from ``plain_below`` on as polynomials, float32 (steps + 1, DEGREE + 2): c, p0, ..., p6.
 
-        With q = sv c + eps and r = sv c / q in [0, 1), S = (p0 + ... + p3 r^3) / (q (1 + q1 r + ... + q4 r^4)): nodes
-        x_k = c (1 + z_k) make sv x_k + eps = q (1 + z_k r). Rows before that step are zero.
+        With q = sv c + eps and r = sv c / q in [0, 1), S = (p0 + p1 r + ... + p6 r^6) / q: nodes x_k = c (1 + z_k) make
+        sv x_k + eps = q (1 + z_k r), and the sum of a_k / (1 + z_k r) is interpolated at Chebyshev's points. Rows
+        before that step are zero.
         """
-        found = np.zeros((len(self.nodes), 9))
+        found = np.zeros((len(self.nodes), DEGREE + 2))
         x, a = self.nodes[self.plain_below :, :LATER_NODES], self.weights[self.plain_below :, :LATER_NODES]
-        if len(x):
-            total = a.sum(axis=1)
-            centre = np.where(total > 0, (a * x).sum(axis=1) / np.where(total > 0, total, 1.0), 1.0)
-            z = np.where(total[:, None] > 0, x / centre[:, None] - 1, 0.0)  # nothing left: 0 / 1, not 0 / (1 - r)
-            top = sum(a[:, k : k + 1] * _product(np.delete(z, k, axis=1)) for k in range(LATER_NODES))
-            found[self.plain_below :] = np.concatenate([centre[:, None], top, _product(z)[:, 1:]], axis=1)
+        found[self.plain_below :] = _polynomials(x, a)
         return found.astype(np.float32)
 
 
-def _product(z: Floats) -> Floats:
-    """Coefficients of the polynomials prod_k (1 + z[:, k] r), lowest power first."""
-    coefficients = np.ones((len(z), 1))
-    for k in range(z.shape[1]):
-        shifted = np.pad(coefficients, ((0, 0), (1, 0))) * z[:, k : k + 1]
-        coefficients = np.pad(coefficients, ((0, 0), (0, 1))) + shifted
-    return coefficients
+def _polynomials(x: Floats, a: Floats) -> Floats:
+    """c and the coefficients, lowest power first, of the rules with nodes ``x`` and weights ``a`` (rules, nodes)."""
+    total = a.sum(axis=1)
+    some = total > 0
+    centre = np.where(some, (a * x).sum(axis=1) / np.where(some, total, 1.0), 1.0)
+    z = np.where(some[:, None], x / centre[:, None] - 1, 0.0)  # nothing left: 0, not 0 / (1 - r)
+    points = (1 + np.cos((2 * np.arange(DEGREE + 1) + 1) * np.pi / (2 * DEGREE + 2))) / 2
+    values = sum(a[:, k, None] / (1 + z[:, k, None] * points) for k in range(a.shape[1]))
+    coefficients = np.linalg.solve(np.vander(points, increasing=True), np.asarray(values).T).T
+    return np.column_stack([centre, coefficients])
 
 
 def adam_rules(
@@ -125,13 +125,16 @@ def _stretches(boundary: int, end: int) -> list[tuple[int, int]]:
 
 
 def _four_do(x: Floats, a: Floats) -> bool:
-    """Whether LATER_NODES nodes give S of this measure as exactly as float32 needs, for any sqrt(v) (eps = 1)."""
+    """Whether LATER_NODES nodes and their polynomial give S of this measure as exactly as float32 needs, for any
+    sqrt(v) (eps = 1)."""
     root = 10.0 ** np.arange(-3, 9, 0.25)[:, None]
     exact = (a / (root * x + 1)).sum(axis=1)
     nodes, weights = gauss_rules(x, a, LATER_NODES)
-    found = (weights / (root * nodes + 1)).sum(axis=1)
-    return bool(np.abs(found - exact).max() <= FRACTION_ERROR * exact.max()) and bool(
-        (np.abs(found / np.where(exact > 0, exact, 1.0) - 1) <= 10 * FRACTION_ERROR).all()
+    centre, *coefficients = _polynomials(nodes, weights)[0]
+    r = root * centre / (root * centre + 1)
+    found = np.polyval(coefficients[::-1], r[:, 0]) / (root[:, 0] * centre + 1)
+    return bool(np.abs(found - exact).max() <= RULE_ERROR * exact.max()) and bool(
+        (np.abs(found / np.where(exact > 0, exact, 1.0) - 1) <= 10 * RULE_ERROR).all()
     )
 
 
