@@ -10,7 +10,6 @@ No torch operation touches a batch here: torch's threads wait actively after eac
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import nn
 from mfdist.embedding import ShardedTable
 from mfdist.exchange import open_exchange
 from mfdist.kernels import bags, columns, cpu, packed, ranks
+from mfdist.kernels.crew import Crew
 from mfdist.kernels.machine import Workers, constants
 from mfdist.model import MF
 from mfdist.objective import ITEM, USER, Objective
@@ -28,7 +28,6 @@ from mfdist.optim import RowOptimizer
 
 Floats32 = npt.NDArray[np.float32]
 Ints32 = npt.NDArray[np.int32]
-_Arrays = tuple[Ints32, Ints32, Floats32]
 
 PARALLEL_ROWS = 2048
 """Smaller batches are not worth a second thread."""
@@ -56,15 +55,6 @@ class Grouped:
         return self.order, self.pairs, self.rows, self.starts, self.slot
 
 
-@dataclass
-class _Last:
-    """What the last step left; not an attribute of the module, which looks three times at whatever it is given."""
-
-    slope: Floats32
-    error: Floats32
-    squared_error: torch.Tensor
-
-
 class FusedStep(nn.Module):
     """The step of one model; ``forward`` is collective where the item table is sharded over several ranks."""
 
@@ -78,7 +68,7 @@ class FusedStep(nn.Module):
         """
         super().__init__()
         assert isinstance(model.user, ShardedTable) and isinstance(model.item, ShardedTable)
-        self.model, self._user, self._item = model, model.user, model.item
+        self.model, self._pair = model, (model.user, model.item)  # a tuple: torch looks long for a module's modules
         self._optimizer, self._objective = optimizer, objective
         form = model.form
         self._shape = packed.shape_of(form.dim, form.bias, form.members, packed.KINDS[optimizer.kind])
@@ -93,22 +83,24 @@ class FusedStep(nn.Module):
             for side in (USER, ITEM)
         )
         self._rules = packed.rule_arrays(optimizer.rules)
-        self._workers = Workers(threads)
-        self._alone = Workers(1)
+        self._workers, self._alone, self._crew = Workers(threads), Workers(1), Crew(1, ())
         self._gate, self._counts = np.zeros(1, np.int64), np.zeros(5, np.int64)
+        self._numbers = np.zeros(len(packed.STEP_FIELDS), np.float32)
         self._by_user, self._by_item, self._by_owner = Grouped(), Grouped(), Grouped()
-        self._exchange = open_exchange(self._item) if self._item.world.size > 1 else None
+        self._world = model.item.world
+        self._exchange = open_exchange(model.item) if self._world.size > 1 else None
         self._compiled = False
         self._capacity = 0
         self._own, self._before = (np.empty((0, form.width), np.float32) for _ in range(2))
         self._slopes, self._errors = np.empty(0, np.float32), np.empty(0, np.float32)
-        self._last = _Last(self._slopes, self._errors, torch.zeros((), dtype=torch.float64))
-        self._tables = _flat(self._user), _flat(self._item)
+        self._batch = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32)
+        self._squared_error = [torch.zeros((), dtype=torch.float64)]  # torch looks long at what a module is given
+        self._tables = _flat(model.user), _flat(model.item)
 
     def forward(self, user: torch.Tensor, item: torch.Tensor, rating: torch.Tensor, global_rows: int) -> torch.Tensor:
         """Take one step on this rank's rows; returns their share of the loss (without the penalty)."""
         offset = self.model.offset
-        if offset is None or not offset.requires_grad or self._item.world.size == 1:
+        if offset is None or not offset.requires_grad or self._world.size == 1:
             loss, grad = self._step(user, item, rating, global_rows)
             if offset is not None and offset.requires_grad:
                 offset.grad = grad
@@ -119,7 +111,7 @@ class FusedStep(nn.Module):
     @property
     def squared_error(self) -> torch.Tensor:
         """Of this rank's rows in the last step, float64."""
-        return self._last.squared_error
+        return self._squared_error[0]
 
     @property
     def transport(self) -> str:
@@ -129,12 +121,13 @@ class FusedStep(nn.Module):
     def close(self) -> None:
         """End the kernels' threads."""
         self._workers.close()
+        self._crew.close()
 
     def settle(self) -> None:
         """Bring every row of both tables to the present, in place."""
         shapes = self._user_shape, self._sizes
-        for table, (flat, lasts), shape in zip((self._user, self._item), self._tables, shapes, strict=True):
-            numbers = self._numbers(table.step + 1, 1)
+        for table, (flat, lasts), shape in zip(self._pair, self._tables, shapes, strict=True):
+            numbers = self._numbers_of(table.step + 1, 1)
             rows = np.arange(len(table.rows.last), dtype=np.int32)
 
             def settle(low: int, high: int, flat: Any = flat, lasts: Any = lasts, rows: Any = rows,
@@ -150,34 +143,31 @@ class FusedStep(nn.Module):
         self, user: torch.Tensor, item: torch.Tensor, rating: torch.Tensor, global_rows: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole step but for the offset: returns (loss, gradient of the offset)."""
-        self._reserve(len(rating))
-        numbers = self._numbers(self._user.step + 1, global_rows)
-        workers = self._workers if len(rating) >= PARALLEL_ROWS else self._alone
-        ids = self._user.local_int32(user.numpy()), item.numpy().astype(np.int32, copy=False)
-        batch = (*ids, rating.numpy())
-        if self._item.world.size == 1:
-            self._step_at_home(workers, batch, numbers)
+        ratings, now = len(rating), self._pair[USER].step
+        if ratings > self._capacity:
+            self._grow(ratings)
+        ids = self._pair[USER].local_int32(user.numpy()), item.numpy()
+        for buffer, values in zip(self._batch, (*ids, rating.numpy()), strict=True):
+            buffer[:ratings] = values
+        self._numbers_of(now + 1, global_rows)
+        alone = ratings < PARALLEL_ROWS
+        if self._world.size == 1:
+            self._crew.take(ratings, now, alone)
         else:
-            self._step_with_others(workers, batch, numbers)
-        self._user.step = self._item.step = self._user.step + 1
-        squares, slopes = cpu.sums(self._last.error, self._last.slope)
-        self._last.squared_error = torch.tensor(squares, dtype=torch.float64)
+            self._step_with_others(ratings, now, alone)
+        for table in self._pair:
+            table.step = now + 1
+        squares, slopes = cpu.sums(self._errors[:ratings], self._slopes[: ratings * self._shape[4]])
+        self._squared_error[0] = torch.tensor(squares, dtype=torch.float64)
         return torch.tensor(squares / global_rows), torch.tensor([slopes], dtype=torch.float32)
 
-    def _step_at_home(self, workers: Workers, batch: _Arrays, numbers: Floats32) -> None:
-        """All rows are here: every thread goes through the whole step."""
-        self._gate[0] = 0
-        arguments = (
-            workers.threads, self._gate, self._sizes, *batch, self._by_user.arrays, self._by_item.arrays, self._counts,
-            *self._tables[USER], *self._tables[ITEM], self._own, self._before, self._last.slope, self._last.error,
-            self._user_pulls, self._item_pulls, *self._shares, self._user.step, self._rules, numbers,
-        )  # fmt: skip
-        workers.all(lambda thread: cpu.whole_step(thread, *arguments))
-
-    def _step_with_others(self, workers: Workers, batch: _Arrays, numbers: Floats32) -> None:
+    def _step_with_others(self, ratings: int, now: int, alone: bool) -> None:
         """Item rows come from their owners, and their gradients go back; collective."""
         exchange, stage = self._exchange, ranks.ASK
         assert exchange is not None
+        workers = self._alone if alone else self._workers
+        batch = [values[:ratings] for values in self._batch]
+        slope, error = self._slopes[: ratings * self._shape[4]], self._errors[:ratings]
         while stage != ranks.DONE:
             if exchange.room > self._by_owner.room:
                 self._by_owner.reserve(exchange.room)
@@ -185,8 +175,8 @@ class FusedStep(nn.Module):
             arguments = (
                 workers.threads, self._gate, stage, self._sizes, *batch, self._by_user.arrays, self._by_item.arrays,
                 self._by_owner.arrays, self._counts, *self._tables[USER], *self._tables[ITEM], self._before,
-                self._last.slope, self._last.error, self._user_pulls, self._item_pulls, *self._shares, self._user.step,
-                self._rules, numbers, *exchange.arrays,
+                slope, error, self._user_pulls, self._item_pulls, *self._shares, now, self._rules, self._numbers,
+                *exchange.arrays,
             )  # fmt: skip
             if not self._compiled:
                 self._compile(arguments)
@@ -197,40 +187,45 @@ class FusedStep(nn.Module):
     def _compile(self, arguments: tuple[Any, ...]) -> None:
         """Let one rank of a host compile, and the others find the code on the disk; collective."""
         threads, gate, _stage, *others = arguments
-        if int(os.environ.get("LOCAL_RANK", self._item.world.rank)) == 0:
+        if int(os.environ.get("LOCAL_RANK", self._world.rank)) == 0:
             ranks.step_of_ranks(0, threads, gate, ranks.DONE, *others)
-        self._item.world.barrier()
+        self._world.barrier()
         self._compiled = True
 
-    def _numbers(self, step: int, global_rows: int) -> Floats32:
-        """``kernels.packed.STEP_FIELDS`` of a step."""
+    def _numbers_of(self, step: int, global_rows: int) -> Floats32:
+        """``kernels.packed.STEP_FIELDS`` of a step, in the array that all steps use."""
         optimizer, form = self._optimizer, self.model.form
         rate, (beta1, beta2) = optimizer.rate(step), optimizer.betas
         scale = 2 * self._objective.weight(global_rows)
         low, high = form.sigmoid_range or (0.0, 0.0)
         offset = float(self.model.offset.detach()) if self.model.offset is not None else 0.0
-        return np.array(
-            [1 - rate * optimizer.weight_decay, rate / (1 - beta1**step), (1 - beta2**step) ** -0.5, 1 - beta1, beta2,
-             optimizer.eps, rate, scale, low, high - low,
-             form.sigmoid_range is not None, offset, 1 - beta2, form.implicit], np.float32,
+        self._numbers[:] = (
+            1 - rate * optimizer.weight_decay, rate / (1 - beta1**step), (1 - beta2**step) ** -0.5, 1 - beta1, beta2,
+            optimizer.eps, rate, scale, low, high - low, form.sigmoid_range is not None, offset, 1 - beta2,
+            form.implicit,
         )  # fmt: skip
-
-    def _reserve(self, ratings: int) -> None:
-        """Make room for a batch of so many ratings."""
-        if ratings > self._capacity:
-            self._grow(ratings)
-        self._last.slope, self._last.error = self._slopes[: ratings * self._shape[4]], self._errors[:ratings]
+        return self._numbers
 
     def _grow(self, ratings: int) -> None:
-        self._capacity = ratings + ratings // 8
-        self._by_user.reserve(self._capacity)
-        self._by_item.reserve(self._capacity)
-        rows, form = self._capacity, self.model.form
+        """Make room for a batch of so many ratings."""
+        rows = self._capacity = ratings + ratings // 8
+        self._by_user.reserve(rows)
+        self._by_item.reserve(rows)
+        form = self.model.form
         through_bags = form.dim + 1 if form.implicit else 0
+        self._batch = np.empty(rows, np.int32), np.empty(rows, np.int32), np.empty(rows, np.float32)
         self._own = columns.row_buffer(rows, form.width)
         self._before = columns.row_buffer(rows, form.width + through_bags)
-        self._errors = np.empty(self._capacity, np.float32)
-        self._slopes = np.empty(self._capacity * self._shape[4], np.float32)
+        self._errors = np.empty(rows, np.float32)
+        self._slopes = np.empty(rows * self._shape[4], np.float32)
+        if self._world.size == 1:
+            self._crew.close()
+            self._crew = Crew(
+                self._workers.threads,
+                (self._sizes, self._batch, self._by_user.arrays, self._by_item.arrays, self._counts,
+                 *self._tables[USER], *self._tables[ITEM], self._own, self._before, self._slopes, self._errors,
+                 self._user_pulls, self._item_pulls, *self._shares, self._rules, self._numbers),
+            )  # fmt: skip
 
 
 def _flat(table: ShardedTable) -> tuple[Floats32, Ints32]:

@@ -21,7 +21,7 @@ import numpy as np
 from mfdist.kernels.bags import add_pull, join_bag, leading_biases, refill, stride_with_bag
 from mfdist.kernels.columns import FAR_RATINGS, add_times, aligned, ask, ask_row, clear, copy, dot, exponential
 from mfdist.kernels.grouping import cut, group
-from mfdist.kernels.machine import bare, inlined, kernel, kernel_in_any_order, numbers_of, unsigned, wait_for_all
+from mfdist.kernels.machine import bare, inlined, kernel, kernel_in_any_order, meet, numbers_of, unsigned
 from mfdist.kernels.packed import TERMS, catch_up, move, penalise
 from mfdist.kernels.vectors import LANES
 
@@ -198,38 +198,39 @@ def gradient(
 
 @kernel
 def whole_step(
-    thread: Any, threads: Any, gate: Any, shape: Any, user: Any, item: Any, rating: Any, by_user: Any, by_item: Any,
-    counts: Any, user_table: Any, user_lasts: Any, item_table: Any, item_lasts: Any, own: Any, before: Any, slope: Any,
-    error: Any, user_pulls: Any, item_pulls: Any, user_shares: Any, item_shares: Any, now: Any, rules: Any,
-    numbers: Any,
+    thread: Any, threads: Any, gate: Any, passed: Any, ratings: Any, now: Any, shape: Any, batch: Any, by_user: Any,
+    by_item: Any, counts: Any, user_table: Any, user_lasts: Any, item_table: Any, item_lasts: Any, own: Any,
+    before: Any, slope: Any, error: Any, user_pulls: Any, item_pulls: Any, user_shares: Any, item_shares: Any,
+    rules: Any, numbers: Any,
 ) -> None:  # fmt: skip
-    """The step of one process, by ``threads`` threads that all call this; ``gate`` (int64, 1) is 0 at the start.
+    """The step of one process, by ``threads`` threads that all call this; ``gate`` (int64, 1) is at ``passed`` before.
 
-    ``by_user``, ``by_item``: the arrays of :func:`group` for each side; ``counts`` (int64, 2): their rows.
+    ``batch``: users, items (int32) and ratings (float32), of which the first ``ratings`` count, as of ``error`` and
+    ``slope``. ``by_user``, ``by_item``: the arrays of :func:`group` for each side; ``counts`` (int64, 2): their rows.
     """
+    user, item, rating = bare(batch[0])[:ratings], bare(batch[1])[:ratings], bare(batch[2])[:ratings]
+    slope, error = bare(slope)[: ratings * numbers_of(shape)[4]], bare(error)[:ratings]
     if thread == 0:
         counts[0] = group(user, by_user[0], by_user[1], by_user[2], by_user[3], by_user[4])
     if thread == threads - 1:
         counts[1] = group(item, by_item[0], by_item[1], by_item[2], by_item[3], by_item[4])
-    if threads > 1:
-        wait_for_all(gate, threads)
+    passed = meet(gate, threads, passed)
     users, items = counts[0], counts[1]
     low, high = items * thread // threads, items * (thread + 1) // threads
     gather(shape, item_table, item_lasts, by_item[2], low, high, own, now, rules, numbers)
-    if threads > 1:
-        wait_for_all(gate, 2 * threads)
+    passed = meet(gate, threads, passed)
     low, high = cut(by_user[3], users, thread, threads), cut(by_user[3], users, thread + 1, threads)
     user_pass(
         shape, user_table, user_lasts, by_user[2], by_user[3], by_user[0], low, high, by_item[4], own, rating, before,
         slope, error, user_pulls, user_shares, now, rules, numbers,
     )  # fmt: skip
-    if threads > 1:
-        wait_for_all(gate, 3 * threads)
+    passed = meet(gate, threads, passed)
     low, high = cut(by_item[3], items, thread, threads), cut(by_item[3], items, thread + 1, threads)
     item_pass(
         shape, item_table, item_lasts, by_item[2], by_item[3], by_item[0], low, high, by_user[4], own, before, slope,
         item_pulls, item_shares, now, numbers,
     )  # fmt: skip
+    meet(gate, threads, passed)
 
 
 @kernel_in_any_order

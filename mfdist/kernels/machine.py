@@ -156,22 +156,37 @@ def wait_for_all(gate: Any, aim: Any) -> None:
             _yield_processor()
 
 
+@inlined
+def meet(gate: Any, threads: Any, passed: Any) -> Any:
+    """Wait for the other threads of this rank; returns the arrivals at ``gate`` so far, ``passed`` before."""
+    if threads > 1:
+        wait_for_all(gate, passed + threads)
+    return passed + threads
+
+
 LOOKS = 1000
-"""Looks at other ranks' signals, the processor offered to somebody else after each."""
+"""Further looks, the processor offered to somebody else after each, before a wait is given up: a millisecond."""
+
+
+@kernel
+def look_for(gate: Any, aim: Any) -> bool:
+    """Whether ``gate[0]`` (int64) comes to ``aim``; gives up after some looks."""
+    spins = 0
+    while arrived(gate) < aim:
+        spins += 1
+        if spins > SPINS + LOOKS:
+            return False
+        if spins > SPINS:
+            _yield_processor()
+    return True
 
 
 @kernel
 def arrived_at(lines: Any, aim: Any) -> bool:
     """Whether ``lines[r, 0]`` (int64) of every rank r comes to ``aim``; gives up after some looks."""
-    spins = 0
-    for rank in range(lines.shape[0]):
-        line = lines[rank]
-        while arrived(line) < aim:
-            spins += 1
-            if spins > SPINS + LOOKS:
-                return False
-            if spins > SPINS:
-                _yield_processor()
+    for rank in range(lines.shape[0]):  # noqa: SIM110 (numba)
+        if not look_for(lines[rank], aim):
+            return False
     return True
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from mfdist.kernels.columns import FAR, add_times, aligned, ask, ask_line, clear, copy
 from mfdist.kernels.cpu import gradient, user_pass
 from mfdist.kernels.grouping import cut, group
-from mfdist.kernels.machine import arrive, arrived_at, bare, inlined, kernel, numbers_of, unsigned, wait_for_all
+from mfdist.kernels.machine import arrive, arrived_at, bare, kernel, meet, numbers_of, unsigned
 from mfdist.kernels.packed import TERMS, catch_up, move
 from mfdist.kernels.vectors import LANES
 
@@ -77,14 +77,6 @@ def update_from_ranks(
         move(shape, table, base, grad, numbers)
         lasts[unsigned(base + stride - 1)] = now + 1
     unaligned[0] = 0  # it lives until here
-
-
-@inlined
-def meet(gate: Any, threads: Any, passed: Any) -> Any:
-    """Wait for the other threads of this rank; returns the arrivals at ``gate`` so far, ``passed`` before."""
-    if threads > 1:
-        wait_for_all(gate, passed + threads)
-    return passed + threads
 
 
 @kernel

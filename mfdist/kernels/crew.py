@@ -1,0 +1,97 @@
+"""Threads that take part in the step of one process and never hold Python's lock while they do.
+
+A step at batch 8192 lasts half a millisecond; to hand it to a thread of a pool and to hear back costs a fifth of that,
+most of it for waking the thread. These threads wait for the next step in compiled code instead, looking for it
+(:func:`follow`), and go to sleep only after a millisecond without one.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from mfdist.kernels.cpu import whole_step
+from mfdist.kernels.machine import arrive, arrived, kernel, look_for
+
+WAITS = 4
+"""Times that the threads of a step wait for each other, with the one at the end."""
+RATINGS, NOW, PASSED, STOP = range(4)
+"""Places of ``control`` (int64): size of the batch, the step that rows stand after, the arrivals at ``gate`` before
+this step, and whether there will be no more steps."""
+
+
+@kernel
+def follow(thread: Any, seen: Any, go: Any, naps: Any, control: Any, threads: Any, gate: Any, step: Any) -> Any:
+    """Take part as ``thread`` in every step that ``go[0]`` (int64) counts after the first ``seen``.
+
+    Returns the steps seen when it found none for a while, having added one to ``naps[0]`` (int64); -1 at the end.
+    """
+    while True:
+        if not look_for(go, seen + 1):
+            arrive(naps)
+            if arrived(go) <= seen:
+                return seen
+        seen += 1
+        if control[STOP] > 0:
+            return -1
+        whole_step(thread, threads, gate, control[PASSED], control[RATINGS], control[NOW], *step)
+
+
+class Crew:
+    """``threads`` threads for :func:`kernels.cpu.whole_step`, of which the caller is one.
+
+    ``step``: its arguments from the shape on, which stay the same arrays from step to step.
+    """
+
+    def __init__(self, threads: int, step: tuple[Any, ...]) -> None:
+        self.threads, self._step = threads, step
+        self._gate, self._go, self._control = (np.zeros(16, np.int64) for _ in range(3))  # cache lines of their own
+        self._naps = [np.zeros(16, np.int64) for _ in range(threads - 1)]
+        self._woken = [0] * (threads - 1)
+        self._beds = [threading.Semaphore(0) for _ in range(threads - 1)]
+        self._control[STOP] = 1
+        self._go[0] = 1
+        if threads > 1:
+            follow(1, 0, self._go, self._naps[0], self._control, threads, self._gate, step)  # compiles
+        self._go[0] = self._control[STOP] = 0
+        self._threads = [threading.Thread(target=self._follow, args=(k,), daemon=True) for k in range(threads - 1)]
+        for thread in self._threads:
+            thread.start()
+
+    def take(self, ratings: int, now: int, alone: bool) -> None:
+        """The step of a batch of ``ratings``, whose rows stand after step ``now``; ``alone``: by the caller only."""
+        if alone or self.threads == 1:
+            whole_step(0, 1, self._gate, 0, ratings, now, *self._step)
+            return
+        passed = int(self._control[PASSED])
+        self._control[RATINGS], self._control[NOW] = ratings, now
+        self._call()
+        whole_step(0, self.threads, self._gate, passed, ratings, now, *self._step)
+        self._control[PASSED] = passed + WAITS * self.threads
+
+    def close(self) -> None:
+        """End the threads."""
+        self._control[STOP] = 1
+        self._call()
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+
+    def _call(self) -> None:
+        """Announce a step. Who counts a nap looks for a step once more before it lies down, so one of both is seen."""
+        arrive(self._go)
+        for k, naps in enumerate(self._naps):
+            if naps[0] != self._woken[k]:
+                self._woken[k] = int(naps[0])
+                self._beds[k].release()
+
+    def _follow(self, k: int) -> None:
+        seen = 0
+        while seen >= 0:
+            seen = follow(
+                k + 1, seen, self._go, self._naps[k], self._control, self.threads, self._gate, self._step
+            )  # fmt: skip
+            if seen >= 0:
+                self._beds[k].acquire()

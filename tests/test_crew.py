@@ -1,0 +1,80 @@
+"""The threads that share the step of one process: any number gives the same bits, awake or asleep; they end."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from mfdist import fused
+from mfdist.distributed import World
+from mfdist.embedding import Layout, ShardedTable
+from mfdist.fused import FusedStep
+from mfdist.kernels import machine
+from mfdist.model import Form, MFAdvanced
+from mfdist.objective import Objective
+from mfdist.optim import RowOptimizer
+
+ROWS = (300, 90)
+SIZES = (700, 30, 4000, 700)  # shared out, by one thread alone, into larger arrays, shared out again
+
+
+def step_by(threads):
+    world = World.alone("cpu")
+    form = Form(model="mf_advanced", dim=20, bias=True, init=True, sigmoid_range=(0.5, 5.5))
+    optimizer = RowOptimizer(kind="adamw", lr=0.01, total_steps=60, weight_decay=0.01)
+    tables = [ShardedTable(Layout((((0, n),),), (0, 1)), form.width, optimizer, world, at_home=True) for n in ROWS]
+    for number, table in enumerate(tables):
+        table.initialise(lambda first, end, number=number: form.initial(1, number, first, end))
+    return FusedStep(MFAdvanced(form, *tables), optimizer, Objective(), threads)
+
+
+def trained(threads, pause=0.0):
+    """Both tables, and the sum of squared errors of every step."""
+    rng, step, errors = np.random.default_rng(3), step_by(threads), []
+    try:
+        for size in SIZES * 3:
+            user, item = (torch.from_numpy(rng.integers(0, n, size, dtype=np.int32)) for n in ROWS)
+            step(user, item, torch.from_numpy(rng.integers(1, 6, size).astype(np.float32)), size)
+            errors.append(float(step.squared_error))
+            time.sleep(pause)
+        step.settle()
+        return [step.model.user.packed.clone(), step.model.item.packed.clone(), torch.tensor(errors)]
+    finally:
+        step.close()
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(fused, "PARALLEL_ROWS", 100)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("pause", [0.0, 0.02], ids=["awake", "asleep"])
+def test_any_number_of_threads_gives_the_same_bits(threads, pause):
+    for alone, shared in zip(trained(1), trained(threads, pause), strict=True):
+        assert torch.equal(alone, shared)
+
+
+def test_threads_without_steps_take_no_time_and_end():
+    before = set(threading.enumerate())
+    step = step_by(3)
+    batch = torch.zeros(200, dtype=torch.int32), torch.zeros(200, dtype=torch.int32), torch.ones(200)
+    step(*batch, 200)
+    assert len(set(threading.enumerate()) - before) == 2
+    time.sleep(0.1)  # to fall asleep
+    used = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - used < 0.1
+    step.close()
+    assert set(threading.enumerate()) == before
+
+
+def test_a_look_gives_up_and_sees_an_arrival():
+    gate = np.zeros(16, np.int64)
+    assert not machine.look_for(gate, 1)
+    machine.arrive(gate)
+    assert machine.look_for(gate, 1) and not machine.look_for(gate, 2)
