@@ -29,6 +29,16 @@ def aligned(space: Any, width: Any) -> Any:
 
 
 @inlined
+def ask_pages(table: Any, rows: Any, j: Any, size: Any, high: Any, stride: Any) -> None:
+    """Ask for where ``size`` rows begin, those that :func:`ask` will ask for next, after ``rows[j]``.
+
+    An access to a page whose address is not known holds up all that follows it; several in a row wait together.
+    """
+    for ahead in range(min(j + FAR, high), min(j + FAR + size, high)):
+        prefetch_far(table, np.int64(rows[unsigned(ahead)]) * stride)
+
+
+@inlined
 def ask(table: Any, rows: Any, j: Any, high: Any, stride: Any) -> None:
     """Ask for the packed rows of ``table`` that follow ``rows[j]`` at some distance, before ``rows[high]``."""
     if j + FAR < high:

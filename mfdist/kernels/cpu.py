@@ -19,7 +19,18 @@ from typing import Any
 import numpy as np
 
 from mfdist.kernels.bags import add_pull, join_bag, leading_biases, refill, stride_with_bag
-from mfdist.kernels.columns import FAR_RATINGS, add_times, aligned, ask, ask_row, clear, copy, dot, exponential
+from mfdist.kernels.columns import (
+    FAR_RATINGS,
+    add_times,
+    aligned,
+    ask,
+    ask_pages,
+    ask_row,
+    clear,
+    copy,
+    dot,
+    exponential,
+)  # fmt: skip
 from mfdist.kernels.grouping import cut, group
 from mfdist.kernels.machine import bare, inlined, kernel, kernel_in_any_order, meet, numbers_of, unsigned
 from mfdist.kernels.packed import TERMS, catch_up, move, penalise
@@ -80,6 +91,7 @@ def user_pass(
     terms, grad = bare(space), aligned(bare(unaligned), width)
     for chunk in range(low, high, CHUNK):
         end = min(chunk + CHUNK, high)
+        ask_pages(table, rows, chunk, CHUNK, high, stride)
         for j in range(chunk, end):
             ask(table, rows, j, high, stride)
             base = np.int64(rows[unsigned(j)]) * stride
