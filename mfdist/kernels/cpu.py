@@ -27,7 +27,6 @@ from mfdist.kernels.columns import (
     ask_pages,
     ask_row,
     clear,
-    copy,
     dot,
     exponential,
 )  # fmt: skip
@@ -46,7 +45,7 @@ def gather(
 ) -> None:
     """Bring ``rows[low:high]`` to the present, in place, and copy their weights to ``out``."""
     shape = numbers_of(shape)
-    width, stride = shape[1], shape[2]
+    stride = shape[2]
     table, lasts, rows, out, numbers = bare(table), bare(lasts), bare(rows), bare(out), bare(numbers)
     rules = (bare(rules[0]), bare(rules[1]), bare(rules[2]), bare(rules[3]), rules[4], rules[5])
     space = np.empty((2, TERMS), np.float32)
@@ -56,9 +55,8 @@ def gather(
         base = np.int64(rows[unsigned(j)]) * stride
         place = unsigned(base + stride - 1)
         last = lasts[place]
-        catch_up(shape, table, base, last, now, rules, numbers, terms)
+        catch_up(shape, table, base, last, now, rules, numbers, terms, out[unsigned(j)])
         lasts[place] = now if last > 0 else -now
-        copy(table, base, out[unsigned(j)], width)
     space[0, 0] = 0  # it lives until here
 
 
@@ -95,8 +93,8 @@ def user_pass(
         for j in range(chunk, end):
             ask(table, rows, j, high, stride)
             base = np.int64(rows[unsigned(j)]) * stride
-            catch_up(shape, table, base, lasts[unsigned(base + stride - 1)], now, rules, numbers, terms)
-            copy(table, base, before[unsigned(j)], width)
+            last = lasts[unsigned(base + stride - 1)]
+            catch_up(shape, table, base, last, now, rules, numbers, terms, before[unsigned(j)])
         for j in range(chunk, end):
             base, was = np.int64(rows[unsigned(j)]) * stride, before[unsigned(j)]
             clear(grad, width)

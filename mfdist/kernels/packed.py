@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mfdist.kernels import stride_of
-from mfdist.kernels.columns import full, row_buffer
+from mfdist.kernels.columns import copy, full, row_buffer
 from mfdist.kernels.machine import inlined
 from mfdist.kernels.rules import NODES, SHORT_GAP, AdamRules
 from mfdist.kernels.vectors import LANES, ONE, SIXTEEN, fma, load, root, spread, store, total
@@ -56,13 +56,18 @@ def decays_between(by_step: Any, first: Any, end: Any) -> Any:
 
 
 @inlined
-def catch_up(shape: Any, table: Any, base: Any, last: Any, now: Any, rules: Any, numbers: Any, terms: Any) -> None:
-    """Bring the row at ``base``, which stands after step abs(``last``), to the state after step ``now``.
+def catch_up(
+    shape: Any, table: Any, base: Any, last: Any, now: Any, rules: Any, numbers: Any, terms: Any, out: Any
+) -> None:  # fmt: skip
+    """Bring the row at ``base``, which stands after step abs(``last``), to the state after step ``now``, and copy its
+    weights to ``out`` (width,).
 
     ``last`` is not written; ``terms`` is space (2, TERMS). See ``kernels.rules`` for the sums.
     """
-    if abs(last) != now:
-        width, kind = shape[1], shape[3]
+    width, kind = shape[1], shape[3]
+    if abs(last) == now:
+        copy(table, base, out, width)
+    else:
         by_step, by_gap, polynomials, _early, horizon, plain_below = rules
         ratio, inverse = decays_between(by_step, abs(last), now)
         decay = np.float32(ratio)
@@ -72,43 +77,60 @@ def catch_up(shape: Any, table: Any, base: Any, last: Any, now: Any, rules: Any,
             if gap > SHORT_GAP and last >= plain_below:
                 first = polynomials[last]
                 if gap >= horizon:
-                    for d in range(base, base + full(width), LANES):
-                        lost = one_rule(root(load(SIXTEEN, table, d + 2 * width)), eps, first)
-                        forget(SIXTEEN, table, d, width, lost, decay, s1, s2)
-                    for d in range(base + full(width), base + width):
-                        lost = one_rule(root(load(ONE, table, d + 2 * width)), eps, first)
-                        forget(ONE, table, d, width, lost, decay, s1, s2)
+                    for d in range(0, full(width), LANES):
+                        lost = one_rule(root(load(SIXTEEN, table, base + d + 2 * width)), eps, first)
+                        forget(SIXTEEN, table, base, d, width, lost, decay, s1, s2, out)
+                    for d in range(full(width), width):
+                        lost = one_rule(root(load(ONE, table, base + d + 2 * width)), eps, first)
+                        forget(ONE, table, base, d, width, lost, decay, s1, s2, out)
                 else:
                     second, shrink = polynomials[now], np.float32(by_gap[gap, 2])
                     gain = np.float32(-by_gap[gap, 0] * inverse)
-                    for d in range(base, base + full(width), LANES):
-                        lost = two_rules(root(load(SIXTEEN, table, d + 2 * width)), eps, first, second, shrink, gain)
-                        forget(SIXTEEN, table, d, width, lost, decay, s1, s2)
-                    for d in range(base + full(width), base + width):
-                        lost = two_rules(root(load(ONE, table, d + 2 * width)), eps, first, second, shrink, gain)
-                        forget(ONE, table, d, width, lost, decay, s1, s2)
+                    for d in range(0, full(width), LANES):
+                        deviation = root(load(SIXTEEN, table, base + d + 2 * width))
+                        lost = two_rules(deviation, eps, first, second, shrink, gain)
+                        forget(SIXTEEN, table, base, d, width, lost, decay, s1, s2, out)
+                    for d in range(full(width), width):
+                        deviation = root(load(ONE, table, base + d + 2 * width))
+                        lost = two_rules(deviation, eps, first, second, shrink, gain)
+                        forget(ONE, table, base, d, width, lost, decay, s1, s2, out)
             else:
                 count = terms_of(gap, last, now, rules, inverse, terms)
-                for d in range(base, base + full(width), LANES):
-                    lost = sum_terms(SIXTEEN, root(load(SIXTEEN, table, d + 2 * width)), eps, terms, count)
-                    forget(SIXTEEN, table, d, width, lost, decay, s1, s2)
-                for d in range(base + full(width), base + width):
-                    lost = sum_terms(ONE, root(load(ONE, table, d + 2 * width)), eps, terms, count)
-                    forget(ONE, table, d, width, lost, decay, s1, s2)
+                for d in range(0, full(width), LANES):
+                    lost = sum_terms(SIXTEEN, root(load(SIXTEEN, table, base + d + 2 * width)), eps, terms, count)
+                    forget(SIXTEEN, table, base, d, width, lost, decay, s1, s2, out)
+                for d in range(full(width), width):
+                    lost = sum_terms(ONE, root(load(ONE, table, base + d + 2 * width)), eps, terms, count)
+                    forget(ONE, table, base, d, width, lost, decay, s1, s2, out)
         elif decay != 1:
-            for d in range(base, base + full(width), LANES):
-                store(SIXTEEN, table, d, load(SIXTEEN, table, d) * decay)
-            for d in range(base + full(width), base + width):
-                table[d] *= decay
+            for d in range(0, full(width), LANES):
+                fade(SIXTEEN, table, base, d, decay, out)
+            for d in range(full(width), width):
+                fade(ONE, table, base, d, decay, out)
+        else:
+            copy(table, base, out, width)
 
 
 @inlined
-def forget(lanes: Any, table: Any, d: Any, width: Any, lost: Any, decay: Any, s1: Any, s2: Any) -> None:
-    """The missed steps at once: w <- decay (w - m lost), m <- s1 m, v <- s2 v, at ``table[d]`` and its state."""
-    m = load(lanes, table, d + width)
-    store(lanes, table, d, decay * fma(lost * np.float32(-1), m, load(lanes, table, d)))
-    store(lanes, table, d + width, m * s1)
-    store(lanes, table, d + 2 * width, load(lanes, table, d + 2 * width) * s2)
+def forget(
+    lanes: Any, table: Any, base: Any, d: Any, width: Any, lost: Any, decay: Any, s1: Any, s2: Any, out: Any
+) -> None:  # fmt: skip
+    """The missed steps at once, in the lanes from column ``d`` on: w <- decay (w - m lost), m <- s1 m, v <- s2 v."""
+    place = base + d
+    m = load(lanes, table, place + width)
+    w = decay * fma(lost * np.float32(-1), m, load(lanes, table, place))
+    store(lanes, out, d, w)
+    store(lanes, table, place, w)
+    store(lanes, table, place + width, m * s1)
+    store(lanes, table, place + 2 * width, load(lanes, table, place + 2 * width) * s2)
+
+
+@inlined
+def fade(lanes: Any, table: Any, base: Any, d: Any, decay: Any, out: Any) -> None:
+    """Missed steps that only decay, in the lanes from column ``d`` on."""
+    w = load(lanes, table, base + d) * decay
+    store(lanes, out, d, w)
+    store(lanes, table, base + d, w)
 
 
 @inlined

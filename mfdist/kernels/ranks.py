@@ -43,9 +43,9 @@ def gather_for_ranks(
         base = np.int64(rows[unsigned(j)]) * stride
         place = unsigned(base + stride - 1)
         last = lasts[place]
-        catch_up(shape, table, base, last, now, rules, numbers, terms)
+        catch_up(shape, table, base, last, now, rules, numbers, terms, out[lines[order[starts[j]]]])
         lasts[place] = now if last > 0 else -now
-        for q in range(starts[j], starts[j + 1]):
+        for q in range(starts[j] + 1, starts[j + 1]):
             copy(table, base, out[lines[order[q]]], width)
     space[0, 0] = 0  # it lives until here
 
