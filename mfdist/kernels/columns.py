@@ -62,6 +62,14 @@ def ask_line(buffer: Any, line: Any, width: Any) -> None:
 
 
 @inlined
+def ask_to_write(buffer: Any, line: Any, width: Any) -> None:
+    """Ask for the first ``width`` columns of ``buffer[line]``, to write them; another processor has read them since."""
+    ahead = buffer[unsigned(line)]
+    for k in range(0, width, LANES):
+        prefetch(ahead, k)
+
+
+@inlined
 def ask_row(buffer: Any, slot: Any, order: Any, q: Any, number: Any, width: Any) -> None:
     """Ask for the row of ``buffer`` that rating ``order[q]`` of ``number`` will read."""
     if q < number:

@@ -20,12 +20,14 @@ import numpy as np
 
 from mfdist.kernels.bags import add_pull, join_bag, leading_biases, refill, stride_with_bag
 from mfdist.kernels.columns import (
+    FAR,
     FAR_RATINGS,
     add_times,
     aligned,
     ask,
     ask_pages,
     ask_row,
+    ask_to_write,
     clear,
     dot,
     exponential,
@@ -200,6 +202,8 @@ def gradient(
     pulls, shares = bare(pulls), bare(shares)
     number = slope.size // shape[4]
     for j in range(low, high):
+        if j + FAR < high:
+            ask_to_write(out, j + FAR, width)
         grad = out[j, :width]
         clear(grad, width)
         penalise(grad, own[j], starts[j + 1] - starts[j], pulls, shares, rows[j], numbers[7])

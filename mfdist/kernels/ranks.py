@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mfdist.kernels.columns import FAR, add_times, aligned, ask, ask_line, clear, copy
+from mfdist.kernels.columns import FAR, add_times, aligned, ask, ask_line, ask_to_write, clear, copy
 from mfdist.kernels.cpu import gradient, user_pass
 from mfdist.kernels.grouping import cut, group
 from mfdist.kernels.machine import arrive, arrived_at, bare, kernel, meet, numbers_of, unsigned
@@ -39,7 +39,7 @@ def gather_for_ranks(
     for j in range(low, high):
         ask(table, rows, j, high, stride)
         if j + FAR < high:
-            ask_line(out, lines[order[starts[j + FAR]]], width)
+            ask_to_write(out, lines[order[starts[j + FAR]]], width)
         base = np.int64(rows[unsigned(j)]) * stride
         place = unsigned(base + stride - 1)
         last = lasts[place]
