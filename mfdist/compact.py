@@ -13,6 +13,7 @@ from mfdist.amend import REPLACED, commit, open_finished, ordered_files, read_ro
 from mfdist.append import lane_writer
 from mfdist.counting import check_memory
 from mfdist.dataset import Dataset, fingerprint
+from mfdist.lanes import BLOCK_ROWS
 from mfdist.log import Console
 from mfdist.spill import Arrays
 from mfdist.split import fates, occurrences
@@ -40,10 +41,11 @@ def compact(root: str, memory: int, console: Console) -> Dataset:
         shutil.rmtree(scratch, ignore_errors=True)
     others = [entry for entry in manifest.files if entry.path in REPLACED]
     val = fingerprint([e.checksum for e in files if e.path.startswith("val/")])
+    extra = {**manifest.extra, "compactions": number, "block_rows": BLOCK_ROWS}
     result = commit(root, replace(manifest, lanes=tuple(lanes), files=(*files, *others),
                                   fingerprint=fingerprint([e.checksum for e in files]),
                                   split={**manifest.split, "fingerprint": val},
-                                  extra={**manifest.extra, "compactions": number}))  # fmt: skip
+                                  extra=extra))  # fmt: skip
     for entry in ordered_files(manifest):
         storage.remove(dataset.file_path(entry))
     console.info(f"{storage.redact(root)}: {len(manifest.files) - 3} lane files became {len(files)}")

@@ -15,6 +15,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from mfdist import ids, lanes, prepare_frame, readers
+from mfdist.amend import commit
 from mfdist.config import parse_config
 from mfdist.dataset import Dataset, verify
 from mfdist.distributed import World
 from mfdist.errors import DataError, UsageError, exit_code_of
+from mfdist.lanes import BLOCK_ROWS
 from mfdist.log import Console
 from mfdist.prepare import PrepareConfig, prepare
 from mfdist.train import train
@@ -410,8 +413,10 @@ def test_append_and_compact(tmp_path: Path) -> None:
     lanes = [lane.train_rows + lane.val_rows for lane in dataset.manifest.lanes]
     assert max(lanes) / min(lanes) < 1.1
     users = dataset.ids("users").to_pylist()
+    commit(dataset.path, replace(dataset.manifest, extra={**dataset.manifest.extra, "block_rows": 512}))
     compacted = run("--compact", tmp_path / "d")
     check_whole(compacted)
+    assert compacted.manifest.extra["block_rows"] == BLOCK_ROWS  # all files are written anew
     assert (rows_of(compacted), rows_of(compacted, "val")) == (appended, val)
     assert compacted.ids("users").to_pylist() == users
     on_disk = {str(p.relative_to(tmp_path / "d")) for p in (tmp_path / "d").glob("*/lane-*")}
@@ -591,9 +596,9 @@ def test_blocks_are_of_neighbouring_users_and_begin_where_a_reader_cuts() -> Non
     begins = [int(part.min()) for part in blocks]
     for begin, part in zip(begins, blocks, strict=True):
         assert sorted(part) == list(range(begin, begin + len(part))) and list(part) != sorted(part)
-    assert (
-        sorted(begins) == list(range(0, size, block)) and begins != sorted(begins) and begins[-1] == size - size % block
-    )
+    assert sorted(begins) == list(range(0, size, block))
+    assert begins != sorted(begins)
+    assert begins[-1] == size - size % block
 
 
 @pytest.mark.parametrize("order", ["random", "blocks"])
