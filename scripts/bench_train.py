@@ -6,12 +6,12 @@
     python scripts/bench_train.py --device cuda --batch 65536,1048576
 
 Rounds go through all systems in turn, every other round backwards (A B B A), and the table shows the median of each, so
-that a busy machine hurts all alike. Each of ours trains one epoch untimed (compiled code, touched rows, true gaps
-between visits) and is timed over the next two. ``exact``: the optimizer named is the one computed, on every row;
-``sparse_adam`` moves touched rows only (the same arithmetic without catch-up). Bytes a rating: rows of both tables,
-read and written once a step, and the buffers between the passes; the share is of the copy bandwidth measured in the
-same run. LIBMF's epoch is (20 epochs - 1 epoch) / 19, its set-up left out. Peers live in environments of their own
-under ``.peers``; one that cannot be installed is named as absent.
+that a busy machine hurts all alike; ratios below it are medians of those of each round. Each of ours trains one epoch
+untimed (compiled code, touched rows, true gaps between visits) and is timed over the next two. ``exact``: the optimizer
+named is the one computed, on every row; ``sparse_adam`` moves touched rows only (the same arithmetic without catch-up).
+Bytes a rating: rows of both tables, read and written once a step, and the buffers between the passes; the share is of
+the copy bandwidth of the same run. LIBMF's epoch is (20 epochs - 1 epoch) / 19, its set-up left out. Peers live
+in environments of their own under ``.peers``; one that cannot be installed is named as absent.
 """
 
 from __future__ import annotations
@@ -370,6 +370,11 @@ def report(systems: Sequence[System], copies: float, flags: Any) -> None:
         moved = f"{s.bytes_per_rating:12.0f} {s.bytes_per_rating * rate / copies:7.2f}" if s.bytes_per_rating else ""
         print(f"{s.name:26} {s.algorithm:20} {'yes' if s.exact else 'no':>5} {s.batch_size or '-':>8} "
               f"{rate / 1e6:11.3f} {ratio} {moved}".rstrip())  # fmt: skip
+    for exact in (s for s in systems if s.name.startswith("mfdist") and s.algorithm == "adamw" and s.rates):
+        others = [s for s in systems if s is not exact and s.rates and s.batch_size in (0, exact.batch_size)
+                  and (s.name == exact.name or "mfdist" not in s.name)]  # fmt: skip
+        ratios = [f"{_ratio(exact, other):.2f} of {other.name}, {other.algorithm}" for other in others]
+        print(f"exact AdamW, {exact.name}, batch {exact.batch_size}: {'; '.join(ratios) or 'nothing beside it'}")
     if flags.json:
         rows = [
             {"system": s.name, "algorithm": s.algorithm, "exact": s.exact, "device": flags.device,
@@ -380,6 +385,11 @@ def report(systems: Sequence[System], copies: float, flags: Any) -> None:
         machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                    "copy_bytes_per_second": copies}  # fmt: skip
         Path(flags.json).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+def _ratio(one: System, other: System) -> float:
+    """The median over the rounds of the rate of ``one`` in that of the ``other`` in the same round."""
+    return statistics.median(a / b for a, b in zip(one.rates, other.rates, strict=True))
 
 
 def _rows(batches: Sequence[Batch]) -> int:
