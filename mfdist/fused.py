@@ -56,7 +56,10 @@ class Grouped:
 
 
 class FusedStep(nn.Module):
-    """The step of one model; ``forward`` is collective where the item table is sharded over several ranks."""
+    """The step of one model; ``forward`` is collective where the item table is sharded over several ranks.
+
+    :meth:`close` it: its threads hold on to the tables.
+    """
 
     def __init__(
         self, model: MF, optimizer: RowOptimizer, objective: Objective, threads: int,
@@ -90,7 +93,7 @@ class FusedStep(nn.Module):
         self._world = model.item.world
         self._exchange = open_exchange(model.item) if self._world.size > 1 else None
         self._compiled = False
-        self._capacity = 0
+        self._capacity = -1
         self._own, self._before = (np.empty((0, form.width), np.float32) for _ in range(2))
         self._slopes, self._errors = np.empty(0, np.float32), np.empty(0, np.float32)
         self._batch = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32)
@@ -208,7 +211,7 @@ class FusedStep(nn.Module):
 
     def _grow(self, ratings: int) -> None:
         """Make room for a batch of so many ratings."""
-        rows = self._capacity = ratings + ratings // 8
+        rows = ratings + ratings // 8
         self._by_user.reserve(rows)
         self._by_item.reserve(rows)
         form = self.model.form
@@ -226,6 +229,7 @@ class FusedStep(nn.Module):
                  *self._tables[USER], *self._tables[ITEM], self._own, self._before, self._slopes, self._errors,
                  self._user_pulls, self._item_pulls, *self._shares, self._rules, self._numbers),
             )  # fmt: skip
+        self._capacity = rows
 
 
 def _flat(table: ShardedTable) -> tuple[Floats32, Ints32]:

@@ -371,8 +371,9 @@ def report(systems: Sequence[System], copies: float, flags: Any) -> None:
         print(f"{s.name:26} {s.algorithm:20} {'yes' if s.exact else 'no':>5} {s.batch_size or '-':>8} "
               f"{rate / 1e6:11.3f} {ratio} {moved}".rstrip())  # fmt: skip
     for exact in (s for s in systems if s.name.startswith("mfdist") and s.algorithm == "adamw" and s.rates):
+        order = exact.name.removeprefix("mfdist")
         others = [s for s in systems if s is not exact and s.rates and s.batch_size in (0, exact.batch_size)
-                  and (s.name == exact.name or "mfdist" not in s.name)]  # fmt: skip
+                  and (s.name.endswith(order) or not s.name.endswith(")"))]  # fmt: skip
         ratios = [f"{_ratio(exact, other):.2f} of {other.name}, {other.algorithm}" for other in others]
         print(f"exact AdamW, {exact.name}, batch {exact.batch_size}: {'; '.join(ratios) or 'nothing beside it'}")
     if flags.json:
@@ -388,7 +389,7 @@ def report(systems: Sequence[System], copies: float, flags: Any) -> None:
 
 
 def _ratio(one: System, other: System) -> float:
-    """The median over the rounds of the rate of ``one`` in that of the ``other`` in the same round."""
+    """The rate of ``one`` over that of the ``other`` in the same round, the median over the rounds."""
     return statistics.median(a / b for a, b in zip(one.rates, other.rates, strict=True))
 
 

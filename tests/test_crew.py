@@ -41,6 +41,7 @@ def trained(threads, pause=0.0):
             step(user, item, torch.from_numpy(rng.integers(1, 6, size).astype(np.float32)), size)
             errors.append(float(step.squared_error))
             time.sleep(pause)
+        assert threads == 1 or bool(pause) <= sum(step._crew._woken)  # with a pause they slept
         step.settle()
         return [step.model.user.packed.clone(), step.model.item.packed.clone(), torch.tensor(errors)]
     finally:

@@ -115,8 +115,8 @@ def batch_of(generator, rows, turn):
     return user, item, torch.randint(1, 6, (rows,), generator=generator).float()
 
 
-GAPS = (0, 1, 2, 11, 20, 120, 320, 1320, 1321)
-"""Steps that a case takes: gaps of 1, 8, 9, 100, the horizon and a thousand lie between them."""
+GAPS = (0, 1, 3, 6, 11, 20, 120, 124, 128, 320, 1320, 1321)
+"""Steps that a case takes, with gaps of 1, 2, 4, 8, 99, 3 (rules are polynomials by then), the horizon, a thousand."""
 
 
 PENALTY = {"l2": (0.02, 0.03), "row_l2": (0.1, 0.2, 0.3, 0.4, 0.0, 0.0)}

@@ -46,6 +46,7 @@ def caught_up_by_kernel(w, m, v, first, last, optimizer):
 
 @pytest.mark.parametrize("way", [caught_up, caught_up_by_kernel])
 @settings(deadline=None, max_examples=60)
+@example(first=700, gap=3, schedule="constant", eps=1e-12, lr=0.1, betas=(0.9, 0.999), seed=1)  # two rules cancel most
 @example(first=1, gap=9, schedule="constant", eps=1e-12, lr=0.1, betas=(0.9, 0.99), seed=9)  # eight nodes are too few
 @given(
     first=st.one_of(st.integers(1, 12), st.integers(13, 900)),
@@ -71,7 +72,7 @@ def test_a_gap_equals_its_steps(way, first, gap, schedule, eps, lr, betas, seed)
     got = way(w, m, v, first, first + gap, optimizer)
     moved = np.abs(want[0] - w).max()
     assert np.abs(got[0] - want[0]).max() <= 2e-6 * max(moved, 1.0)
-    np.testing.assert_allclose(got[1], want[1], rtol=2e-5, atol=1e-25)  # momentum below 1e-25 of itself is none
+    np.testing.assert_allclose(got[1], want[1], rtol=2e-5, atol=1e-25 * np.abs(m).max())  # see packed.FORGOTTEN
     np.testing.assert_allclose(got[2], want[2], rtol=2e-5, atol=1e-37)
 
 

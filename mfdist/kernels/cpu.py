@@ -33,7 +33,7 @@ from mfdist.kernels.columns import (
     exponential,
 )  # fmt: skip
 from mfdist.kernels.grouping import cut, group
-from mfdist.kernels.machine import bare, inlined, kernel, kernel_in_any_order, meet, numbers_of, unsigned
+from mfdist.kernels.machine import bare, inlined, kernel, meet, moment, numbers_of, unsigned
 from mfdist.kernels.packed import TERMS, catch_up, move, penalise
 from mfdist.kernels.vectors import LANES
 
@@ -217,10 +217,11 @@ def whole_step(
     before: Any, slope: Any, error: Any, user_pulls: Any, item_pulls: Any, user_shares: Any, item_shares: Any,
     rules: Any, numbers: Any,
 ) -> None:  # fmt: skip
-    """The step of one process, by ``threads`` threads that all call this; ``gate`` (int64, 1) is at ``passed`` before.
+    """The step of one process, by ``threads`` threads that all call this; ``gate[0]`` (int64) is ``passed`` before.
 
-    ``batch``: users, items (int32) and ratings (float32), of which the first ``ratings`` count, as of ``error`` and
-    ``slope``. ``by_user``, ``by_item``: the arrays of :func:`group` for each side; ``counts`` (int64, 2): their rows.
+    ``batch``: users, items (int32) and ratings (float32), of which the first ``ratings`` count, as do those places of
+    ``error`` and, for each member, of ``slope``. ``by_user``, ``by_item``: the arrays of :func:`group` for each side;
+    ``counts`` (int64, at least 2): their rows.
     """
     user, item, rating = bare(batch[0])[:ratings], bare(batch[1])[:ratings], bare(batch[2])[:ratings]
     slope, error = bare(slope)[: ratings * numbers_of(shape)[4]], bare(error)[:ratings]
@@ -247,7 +248,7 @@ def whole_step(
     meet(gate, threads, passed)
 
 
-@kernel_in_any_order
+@moment
 def sums(error: Any, slope: Any) -> tuple[float, float]:
     """(sum of squared errors, sum of slopes), float64."""
     squares, slopes = 0.0, 0.0

@@ -13,11 +13,11 @@ from numba.extending import intrinsic, overload
 
 
 def _compiled(**options: Any) -> Callable[[Any], Any]:
-    """numba.njit without the GIL, kept on disk for as long as no kernel's source changes: numba itself looks only at
-    the file of the function, and what that calls is compiled into it."""
+    """numba.njit, kept on disk for as long as no kernel's source changes: numba itself looks only at the file of the
+    function, and what that calls is compiled into it."""
 
     def compiled(function: Any) -> Any:
-        dispatcher: Any = njit(nogil=True, error_model="numpy", cache=True, **options)(function)
+        dispatcher: Any = njit(error_model="numpy", cache=True, **options)(function)
         dispatcher._cache._cache_file._source_stamp = SOURCES
         return dispatcher
 
@@ -27,9 +27,10 @@ def _compiled(**options: Any) -> Callable[[Any], Any]:
 SOURCES = tuple(
     sorted((file.name, file.stat().st_mtime, file.stat().st_size) for file in Path(__file__).parent.glob("*.py"))
 )
-kernel = _compiled()
-kernel_in_any_order = _compiled(fastmath=True)
-"""For sums whose order is the compiler's choice."""
+kernel = _compiled(nogil=True)
+"""Without Python's lock."""
+moment = _compiled(fastmath=True)
+"""For what is shorter than it may take to get the lock back; the order of sums is the compiler's choice."""
 inlined: Any = njit(nogil=True, error_model="numpy", inline="always")
 
 
@@ -102,7 +103,7 @@ def _arrived(typingctx: Any, gate: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        return builder.load_atomic(pointer, "acquire", 8)
+        return builder.load_atomic(pointer, "seq_cst", 8)
 
     return types.int64(gate), generate
 
@@ -183,7 +184,7 @@ def look_for(gate: Any, aim: Any) -> bool:
 
 @kernel
 def arrived_at(lines: Any, aim: Any) -> bool:
-    """Whether ``lines[r, 0]`` (int64) of every rank r comes to ``aim``; gives up after some looks."""
+    """Whether ``lines[r, 0]`` (int64) of every rank r comes to ``aim``; gives up after some looks at one of them."""
     for rank in range(lines.shape[0]):  # noqa: SIM110 (numba)
         if not look_for(lines[rank], aim):
             return False

@@ -150,7 +150,10 @@ def one_rule(deviation: Any, eps: Any, rule: Any) -> Any:
 
 @inlined
 def two_rules(deviation: Any, eps: Any, first: Any, second: Any, shrink: Any, gain: Any) -> Any:
-    """What is left from the ``first`` step on, and ``gain`` times that from the ``second``, its points shrunk."""
+    """What is left from the ``first`` step on, and ``gain`` times that from the ``second``, its points shrunk.
+
+    eps squared must be a float32 well above zero: both denominators are eps where the second moment is zero.
+    """
     a, b = deviation * first[0], deviation * (second[0] * shrink)
     under, other = a + eps, b + eps
     both = np.float32(1) / (under * other)

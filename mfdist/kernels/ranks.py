@@ -90,8 +90,8 @@ def step_of_ranks(
     """The step of one rank from ``stage`` on, by ``threads`` threads that all call this; ``gate`` is 0 at the start.
 
     The arrays of the last lines are those of ``exchange``. Where the ranks share memory (``meeting``) the stages follow
-    each other, and it returns before one whose data do not come within a millisecond; else it returns before each.
-    ``counts[STAGE]``: the stage to call next.
+    each other, and it returns before one whose data do not come within a millisecond a rank; else it returns before
+    each. ``counts[STAGE]``: the stage to call next.
     """
     signals, rank, ends, first_row, bounds, wanted = meeting
     shared = signals.shape[0] > 0
