@@ -83,7 +83,7 @@ def train_step(session: Session, batch: Batch) -> torch.Tensor:
         assert model.offset.grad is not None
         weight, grad = model.offset.data.view(1, 1), model.offset.grad.view(1, 1)
         session.optimizer.update(weight, session.offset_state, grad, step)
-    session.model.zero_grad(set_to_none=False)
+        grad.zero_()
     session.progress.step, session.progress.step_in_epoch = step, batch.step + 1
     return sum_of_squares
 
@@ -99,6 +99,7 @@ def _fused_step(session: Session, batch: Batch) -> torch.Tensor:
 
 def _autograd_step(session: Session, batch: Batch) -> torch.Tensor:
     """The plain way: torch's autograd through the gathered rows, any device and placement."""
+    session.model.zero_grad(set_to_none=False)
     form, share = session.model.form, None
     if form.implicit:
         assert session.shares is not None
