@@ -1,25 +1,14 @@
+#!/usr/bin/env python
 """Look after the checkpoints of a run: list them, check every byte, remove old ones.
 
-python jobs/checkpoint.py ls runs/advanced
-python jobs/checkpoint.py verify runs/advanced         # ends with 3 where one is damaged
-python jobs/checkpoint.py prune runs/advanced --keep 1
+The program is :mod:`mfdist.jobs.checkpoint`.
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Sequence
 
-from mfdist.config import parse_config
-from mfdist.errors import exit_code_of
-from mfdist.housekeeping import HousekeepingConfig, look_after
+from mfdist.jobs.checkpoint import job, main
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    config = parse_config(HousekeepingConfig, argv, __doc__ or "")
-    look_after(config, print)
-    return 0
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
+    sys.exit(job())

@@ -1,34 +1,14 @@
+#!/usr/bin/env python
 """Evaluate runs on their validation rows: one table with floors, slices and tested differences.
 
-python jobs/evaluate.py runs/advanced
-python -m mfdist.launch --nproc_per_node=4 jobs/evaluate.py runs/advanced runs/svd --out comparison.json
-python jobs/evaluate.py runs/advanced --require-better runs/svd     # ends with 5 unless it is
+The program is :mod:`mfdist.jobs.evaluate`.
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Sequence
 
-from torch.distributed.elastic.multiprocessing.errors import record
+from mfdist.jobs.evaluate import job, main
 
-from mfdist.config import parse_config
-from mfdist.distributed import World
-from mfdist.errors import exit_code_of
-from mfdist.evaluate import EvaluateConfig, check_required, evaluate_runs, format_table, write_result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    config = parse_config(EvaluateConfig, argv, __doc__ or "")
-    with World.open("cpu") as world:
-        result = evaluate_runs(config, world)
-        if world.is_main:
-            print(format_table(result))
-            if config.out is not None:
-                write_result(config.out, result)
-    check_required(config, result)
-    return 0
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(record(main)))
+    sys.exit(job())

@@ -1,24 +1,14 @@
+#!/usr/bin/env python
 """Say what a training run will take, for any number of ranks, before it is submitted. Takes no device.
 
-python jobs/plan.py --data data/electronics
-python jobs/plan.py --data data/electronics --config jobs/configs/vignette_mf.toml --ranks 1,8,64
+The program is :mod:`mfdist.jobs.plan`.
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Sequence
 
-from mfdist.config import parse_config
-from mfdist.errors import exit_code_of
-from mfdist.plan import PlanConfig, format_plans, plan
+from mfdist.jobs.plan import job, main
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    config = parse_config(PlanConfig, argv, __doc__ or "")
-    print(format_plans(plan(config), config))
-    return 0
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
+    sys.exit(job())

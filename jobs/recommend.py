@@ -1,35 +1,14 @@
+#!/usr/bin/env python
 """Write the top items of users as Parquet: user_id, item_id, rank, score.
 
-python jobs/recommend.py --run runs/advanced --out recommendations.parquet
-python -m mfdist.launch --nproc_per_node=4 jobs/recommend.py --run runs/advanced --exclude-seen --out best.parquet
-python jobs/recommend.py --run runs/advanced --users users.txt --top-k 20 --out few.parquet
+The program is :mod:`mfdist.jobs.recommend`.
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Sequence
 
-from torch.distributed.elastic.multiprocessing.errors import record
+from mfdist.jobs.recommend import job, main
 
-from mfdist import storage
-from mfdist.config import parse_config
-from mfdist.dataset import Dataset
-from mfdist.distributed import World
-from mfdist.errors import exit_code_of
-from mfdist.evaluate import dataset_of_run
-from mfdist.recommend import RecommendConfig, recommend
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    config = parse_config(RecommendConfig, argv, __doc__ or "")
-    dataset = Dataset.open(config.data or dataset_of_run(config.run)) if config.exclude_seen else None
-    with World.open(config.device) as world:
-        users = recommend(config, world, dataset)
-        if world.is_main:
-            print(f"{storage.redact(config.out)}: the best {config.top_k} items of {users:,} users")
-    return 0
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(record(main)))
+    sys.exit(job())

@@ -15,15 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mfdist.dataset import Dataset
+from mfdist.data.dataset import Dataset
 from mfdist.errors import UsageError
-from mfdist.evaluate import dataset_of_run
-from mfdist.export import ExportedModel
-from mfdist.ranking import seen_items, top_items
-from mfdist.recommend import check_dataset, refuse_unknown, table_of
+from mfdist.results.evaluate import dataset_of_run
+from mfdist.results.export import ExportedModel
+from mfdist.results.ranking import seen_items, top_items
+from mfdist.results.recommend import check_dataset, refuse_unknown, table_of
 
 if TYPE_CHECKING:
-    from mfdist.prepare import prepare_frame
+    from mfdist.prepare.prepare import prepare_frame
 
 __all__ = ["Model", "load", "prepare_frame"]
 
@@ -31,7 +31,7 @@ __all__ = ["Model", "load", "prepare_frame"]
 def __getattr__(name: str) -> Any:
     """``prepare_frame`` on first use: it needs polars, which a machine that only predicts may not have."""
     if name == "prepare_frame":
-        from mfdist import prepare
+        from mfdist.prepare import prepare
 
         return prepare.prepare_frame
     raise AttributeError(f"module 'mfdist.api' has no attribute '{name}'")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib.resources
 import math
 import operator
 import os
@@ -30,6 +31,7 @@ else:
     import tomli as tomllib
 
 C = TypeVar("C")
+_READY = importlib.resources.files("mfdist") / "configs"
 
 
 def flag(
@@ -82,11 +84,13 @@ def _parse(cls: type[C], argv: Sequence[str] | None, description: str, prog: str
 
 
 def read_toml(cls: type[Any], path: str) -> dict[str, Any]:
-    """The values that a TOML file sets for ``cls``, converted and checked."""
+    """The values that a TOML file, or a ready configuration given by its name, sets for ``cls``, checked."""
     try:
-        table = tomllib.loads(storage.read_text(path))
+        table = tomllib.loads(_text_of(path))
     except FileNotFoundError:
-        raise UsageError(f"--config {path}: there is no such file.") from None
+        raise UsageError(
+            f"--config {path}: there is no such file, and no ready configuration of this name ({', '.join(ready())})."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} is not valid TOML: {error}.") from None
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -97,6 +101,18 @@ def read_toml(cls: type[Any], path: str) -> dict[str, Any]:
             raise UsageError(f"{path}: unknown key '{key}'.{_nearest(key, [_flag_name(n)[2:] for n in fields])}")
         values[name] = _convert(fields[name], value, f"{path}: {key}", cls)
     return values
+
+
+def ready() -> list[str]:
+    """Names of the ready configurations that come with the package (``--config NAME``)."""
+    return sorted(file.name.removesuffix(".toml") for file in _READY.iterdir() if file.name.endswith(".toml"))
+
+
+def _text_of(path: str) -> str:
+    name = path.removesuffix(".toml")
+    if name in ready() and not storage.exists(path):
+        return (_READY / f"{name}.toml").read_text(encoding="utf-8")
+    return storage.read_text(path)
 
 
 def to_toml(config: Any) -> str:
@@ -158,8 +174,9 @@ class _Parser(argparse.ArgumentParser):
 def _build_parser(cls: type[Any], description: str, prog: str | None) -> argparse.ArgumentParser:
     parser = _Parser(prog=prog, description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--config", metavar="FILE.toml", default=argparse.SUPPRESS,
-                        help="a TOML file that sets any of these flags; the command line wins")  # fmt: skip
+    parser.add_argument("--config", metavar="FILE.toml|NAME", default=argparse.SUPPRESS,
+                        help="a TOML file that sets any of these flags, or a ready one by its name (for training: "
+                        f"{', '.join(ready())}); the command line wins")  # fmt: skip
     for field in dataclasses.fields(cls):
         meta = field.metadata
         if meta["positional"]:

@@ -79,8 +79,9 @@ def launcher(ranks: int) -> list[str]:
 
 def train_and_stop(flags: argparse.Namespace, ranks: int, run: Path) -> tuple[list[dict[str, Any]], float]:
     """The records of the checkpoints beside a training, and the seconds from SIGTERM until it has ended."""
-    command = [*launcher(ranks), "jobs/train.py", "--data", flags.data, "--run", str(run), "--epochs", "1000", "--keep",
-               "1", "--batch-size", str(flags.batch_size), "--checkpoint-every", str(flags.every)]  # fmt: skip
+    command = [*launcher(ranks), "jobs/train.py", "--data", flags.data, "--run-dir", str(run), "--epochs", "1000",
+               "--keep", "1", "--batch-size", str(flags.batch_size),
+               "--checkpoint-every", str(flags.every)]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while len(records(run)) < flags.saves:
@@ -110,14 +111,14 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def stand_still(flags: argparse.Namespace) -> int:
     """In the ranks: seconds of checkpoints that nothing goes on beside."""
-    from mfdist.dataset import Dataset
-    from mfdist.distributed import World
-    from mfdist.loader import Loader
+    from mfdist.cluster.world import World
+    from mfdist.data.dataset import Dataset
+    from mfdist.data.loader import Loader
     from mfdist.log import Console
-    from mfdist.session import build, restore_or_initialise, save, wait_for_save
-    from mfdist.train_config import TrainConfig
+    from mfdist.training.config import TrainConfig
+    from mfdist.training.session import build, restore_or_initialise, save, wait_for_save
 
-    config = TrainConfig(data=flags.data, run=flags.folder, batch_size=flags.batch_size, keep=1, device="cpu")
+    config = TrainConfig(data=flags.data, run_dir=flags.folder, batch_size=flags.batch_size, keep=1, device="cpu")
     dataset = Dataset.open(flags.data)
     with World.open("cpu") as world, Loader(
         dataset, batch_size=config.batch_size, seed=config.seed, rank=world.rank, world_size=world.size

@@ -31,9 +31,9 @@ import pyarrow.parquet as pq
 import torch
 
 from mfdist import storage
-from mfdist.dataset import MANIFEST, Dataset, Lane, Manifest, fingerprint
-from mfdist.lanes import ParquetFile, rating_schema, row_group_rows
-from mfdist.loader import Loader
+from mfdist.data.dataset import MANIFEST, Dataset, Lane, Manifest, fingerprint
+from mfdist.data.loader import Loader
+from mfdist.prepare.lanes import ParquetFile, rating_schema, row_group_rows
 
 BATCHES = (8192, 65536)
 

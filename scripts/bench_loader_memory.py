@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from bench_loader import generate
 
-from mfdist.assembly import AHEAD_BYTES
-from mfdist.dataset import Dataset
-from mfdist.lanes import row_group_rows
-from mfdist.loader import POOL_BYTES, Loader
+from mfdist.data.batch_blocks import AHEAD_BYTES
+from mfdist.data.dataset import Dataset
+from mfdist.data.loader import POOL_BYTES, Loader
+from mfdist.prepare.lanes import row_group_rows
 
 ROW_BYTES = 12
 

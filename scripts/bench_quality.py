@@ -30,14 +30,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from peers import ROOT, PeerAbsent, columns_of, environment
 
-from mfdist.baseline import fit
+from mfdist.baseline.svd import fit
+from mfdist.cluster.world import World
 from mfdist.config import parse_config
-from mfdist.dataset import Dataset
-from mfdist.distributed import World
-from mfdist.floors import lane_rows
+from mfdist.data.dataset import Dataset
 from mfdist.log import Console
-from mfdist.train import train
-from mfdist.train_config import TrainConfig
+from mfdist.results.floors import lane_rows
+from mfdist.training.config import TrainConfig
+from mfdist.training.train import train
 
 Row = dict[str, Any]
 
@@ -67,7 +67,7 @@ for epochs in (1, 2, 3, 4, 6, 8, 10, 14, 20):
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", action="append", required=True, help="a prepared dataset; may be given again")
-    parser.add_argument("--config", default=str(ROOT / "jobs/configs/quick.toml"), help="our configuration")
+    parser.add_argument("--config", default=str(ROOT / "mfdist/configs/quick.toml"), help="our configuration")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="write the results here")
@@ -116,7 +116,7 @@ def surprise(dataset: Dataset) -> Row:
 
 
 def ours(dataset: Dataset, flags: Any, folder: str) -> Row:
-    arguments = ["--config", flags.config, "--data", dataset.path, "--run", f"{folder}/run", "--overwrite",
+    arguments = ["--config", flags.config, "--data", dataset.path, "--run-dir", f"{folder}/run", "--overwrite",
                  "--checkpoint-every", "60m"]  # fmt: skip
     began = time.perf_counter()
     report = train(parse_config(TrainConfig, arguments, "quality"), World.alone(), Console(speaks=False))

@@ -41,15 +41,15 @@ from typing import Any
 
 import torch
 
-from mfdist.dataset import Dataset
-from mfdist.distributed import World
-from mfdist.finish import export_model
-from mfdist.loader import Loader
+from mfdist.cluster.world import World
+from mfdist.data.dataset import Dataset
+from mfdist.data.loader import Loader
 from mfdist.log import Console
-from mfdist.plan import PlanConfig, plan_for
-from mfdist.session import Session, build, restore_or_initialise, save, wait_for_save
-from mfdist.train import train_step
-from mfdist.train_config import TrainConfig
+from mfdist.planning.plan import PlanConfig, plan_for
+from mfdist.training.config import TrainConfig
+from mfdist.training.finish import export_model
+from mfdist.training.session import Session, build, restore_or_initialise, save, wait_for_save
+from mfdist.training.train import train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = "1e6,8e6,50e6,200e6,50e6:20e6:2e6,100e6:20e6:2e6"
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", action="store_true", help="leave datasets in --folder")
     parser.add_argument("--again", choices=("train", "wire"), help="measure this anew where it was before")
     parser.add_argument("--json", help="write the figures here")
-    for name in ("stage", "data", "run"):  # what a process of this program's own does
+    for name in ("stage", "data", "run_dir"):  # what a process of this program's own does
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
     if flags.stage:
@@ -156,13 +156,13 @@ def _measure_size(
     if (in_process or missing) and not (data / "dataset.json").exists():
         _make_data(home, data, size, note)
     if in_process:
-        command = [sys.executable, __file__, "--stage", "train", "--data", str(data), "--run", str(run),
+        command = [sys.executable, __file__, "--stage", "train", "--data", str(data), "--run-dir", str(run),
                    "--batch-size", str(flags.batch_size)]  # fmt: skip
         note(json.loads(_run(command)[1]))
         shutil.rmtree(run)
     for batch, ranks in missing:
         launch = [sys.executable, "-m", "mfdist.launch", "--standalone", f"--nproc-per-node={ranks}", __file__]
-        command = [*launch, "--stage", "wire", "--data", str(data), "--run", str(run), "--batch-size", str(batch)]
+        command = [*launch, "--stage", "wire", "--data", str(data), "--run-dir", str(run), "--batch-size", str(batch)]
         note({_wire_name(batch, ranks): json.loads(_run(command)[1])})
         shutil.rmtree(run, ignore_errors=True)
 
@@ -209,8 +209,8 @@ def _run(command: list[str]) -> tuple[Used, str]:
 @contextmanager
 def open_session(flags: argparse.Namespace, world: World) -> Iterator[Session]:
     """A fresh run of one epoch of mf_advanced, initialised."""
-    config = TrainConfig(data=flags.data, run=flags.run, batch_size=flags.batch_size, epochs=1, keep=1)
-    Path(flags.run).mkdir(parents=True, exist_ok=True)
+    config = TrainConfig(data=flags.data, run_dir=flags.run_dir, batch_size=flags.batch_size, epochs=1, keep=1)
+    Path(flags.run_dir).mkdir(parents=True, exist_ok=True)
     dataset = Dataset.open(flags.data)
     with Loader(dataset, batch_size=config.batch_size, seed=config.seed, rank=world.rank, world_size=world.size,
                 memory_bytes=0) as loader:  # fmt: skip
@@ -240,7 +240,7 @@ def measure_in_process(flags: argparse.Namespace) -> None:
             began = _now()
             began, left_out = work() or (began, 0)
             seconds, cpu_seconds = (end - start for end, start in zip(_now(), began, strict=True))
-            disk = bytes_under(Path(flags.run, path)) if path else 0
+            disk = bytes_under(Path(flags.run_dir, path)) if path else 0
             figures = _figures(rows - left_out, Used(seconds, cpu_seconds, _peak()), bound, disk)
             found[stage] = {"batch_size": flags.batch_size, **figures}
 

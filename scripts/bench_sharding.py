@@ -21,13 +21,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mfdist.builtin import make_builtin
-from mfdist.dataset import Dataset
-from mfdist.distributed import World
+from mfdist.cluster.world import World
+from mfdist.data.dataset import Dataset
 from mfdist.log import Console
-from mfdist.run_directory import BUILTIN
-from mfdist.train import train
-from mfdist.train_config import TrainConfig
+from mfdist.run.directory import BUILTIN
+from mfdist.synthetic.builtin import make_builtin
+from mfdist.training.config import TrainConfig
+from mfdist.training.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 WAYS = {"row": ("row", True), "row, group": ("row", False), "replicated": ("replicated", True)}
@@ -84,7 +84,7 @@ def rate(world: World, path: str, size: int, way: str, run: str) -> float:
     """Ratings/s of the best epoch but the first; collective."""
     sharding, world.may_share = WAYS[way]
     run = world.broadcast(run)
-    config = TrainConfig(data=path, run=run, batch_size=size, epochs=EPOCHS, device="cpu", sharding=sharding,
+    config = TrainConfig(data=path, run_dir=run, batch_size=size, epochs=EPOCHS, device="cpu", sharding=sharding,
                          checkpoint_every="60m", overwrite=True)  # fmt: skip
     report = train(config, world, Console(False))
     assert report is not None

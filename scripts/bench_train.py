@@ -41,14 +41,14 @@ from peers import ROOT, PeerAbsent, environment
 from peers import job as run_job
 from torch import nn
 
-from mfdist.dataset import Dataset
-from mfdist.distributed import World
-from mfdist.embedding import ShardedTable, item_layout, user_layout
-from mfdist.fused import FusedStep
-from mfdist.loader import Loader
-from mfdist.model import ITEM_TABLE, USER_TABLE, Form, MFAdvanced
-from mfdist.objective import Objective
-from mfdist.optim import RowOptimizer
+from mfdist.cluster.world import World
+from mfdist.data.dataset import Dataset
+from mfdist.data.loader import Loader
+from mfdist.model.cpu_step import FusedStep
+from mfdist.model.models import ITEM_TABLE, USER_TABLE, Form, MFAdvanced
+from mfdist.model.objective import Objective
+from mfdist.model.optimizers import RowOptimizer
+from mfdist.model.tables import ShardedTable, item_layout, user_layout
 
 DIM = 32
 FORM = Form(model="mf_advanced", dim=DIM, bias=True, init=True, sigmoid_range=(0.5, 5.5))
@@ -211,7 +211,7 @@ def ours(dataset: Dataset, kind: str, batches: Sequence[Batch], flags: Any) -> f
         tables.append(table)
     model, step = MFAdvanced(FORM, *tables), None
     if flags.device == "cuda":
-        from mfdist.fused_gpu import GpuStep
+        from mfdist.model.gpu_step import GpuStep
 
         step = GpuStep(model, optimizer, Objective())
     step = step or FusedStep(model, optimizer, Objective(), flags.threads, ratings=_rows(batches))
@@ -230,7 +230,7 @@ def ours(dataset: Dataset, kind: str, batches: Sequence[Batch], flags: Any) -> f
 def job(dataset: Dataset, size: int, flags: Any) -> float:
     """Ratings/s of the last of three epochs of the whole job, loader and bookkeeping included."""
     with tempfile.TemporaryDirectory() as run:
-        command = [sys.executable, "jobs/train.py", "--data", dataset.path, "--run", f"{run}/run", "--epochs", "3",
+        command = [sys.executable, "jobs/train.py", "--data", dataset.path, "--run-dir", f"{run}/run", "--epochs", "3",
                    "--batch-size", str(size), "--checkpoint-every", "60m"]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": str(flags.threads)}
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment)

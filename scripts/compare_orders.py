@@ -20,10 +20,10 @@ from collections.abc import Iterator
 
 import torch
 
-from mfdist import train as training
-from mfdist.distributed import World
-from mfdist.loader import Batch, Loader
-from mfdist.train_config import TrainConfig
+from mfdist.cluster.world import World
+from mfdist.data.loader import Batch, Loader
+from mfdist.training import train as training
+from mfdist.training.config import TrainConfig
 
 
 class UniformLoader(Loader):
@@ -66,7 +66,7 @@ def _train(data: str, loader: type[Loader], seed: int, flags: argparse.Namespace
     training.Loader = loader  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as run:
         config = TrainConfig(
-            data=data, run=f"{run}/run", seed=seed, epochs=flags.epochs, lr=flags.lr, batch_size=flags.batch_size
+            data=data, run_dir=f"{run}/run", seed=seed, epochs=flags.epochs, lr=flags.lr, batch_size=flags.batch_size
         )
         start = time.perf_counter()
         report = training.train(config, World.alone())

@@ -35,8 +35,8 @@ import pandas as pd
 from peers import ROOT, Array, PeerAbsent, columns_of, environment, job
 
 from mfdist import metrics
-from mfdist.dataset import Dataset
-from mfdist.export import ExportedModel
+from mfdist.data.dataset import Dataset
+from mfdist.results.export import ExportedModel
 
 DATASETS = {
     "ml-1m": ("ml-1m.parquet",),
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", default="build/leaderboard", help="what is done already is kept here")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the systems that have them")
     parser.add_argument("--svdpp-limit", type=float, default=5e7, help="sum of squared ratings of a user")
-    parser.add_argument("--config", default="jobs/configs/recipe.toml", help="our recipe")
+    parser.add_argument("--config", default="mfdist/configs/recipe.toml", help="our recipe")
     parser.add_argument("--json", help="write the results here")
     flags = parser.parse_args(argv)
     names = flags.data.split(",")
@@ -182,7 +182,7 @@ def prepared(name: str, flags: Any) -> Split:
 def list_systems(flags: Any) -> list[System]:
     from surprise import SVD, BaselineOnly, SVDpp
 
-    vignette = "jobs/configs/vignette_{}.toml"
+    vignette = "mfdist/configs/vignette_{}.toml"
     myfm = partial(in_environment, "myfm", ["myfm", "numpy", "scipy"], MYFM, [])
     libmf = partial(in_environment, "libmf", ["libmf", "numpy", "pyarrow"], LIBMF, [flags.threads])
     return [
@@ -203,7 +203,7 @@ def list_systems(flags: Any) -> list[System]:
 def ours(config: str, split: Split, seed: int) -> tuple[Array, float]:
     """A run of jobs/train.py, and what its export predicts."""
     run = split.work / "run"
-    job("train", "--config", str(ROOT / config), "--data", split.dataset.path, "--run", str(run), "--overwrite",
+    job("train", "--config", str(ROOT / config), "--data", split.dataset.path, "--run-dir", str(run), "--overwrite",
         "--seed", str(seed), "--checkpoint-every", "60m", stdout=subprocess.DEVNULL)  # fmt: skip
     report = json.loads((run / "report.json").read_text())
     predicted = ExportedModel.open(str(run)).predict(split.arrays["val_user"], split.arrays["val_item"])

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mfdist.dataset import Dataset
-from mfdist.floors import lane_rows
+from mfdist.data.dataset import Dataset
+from mfdist.results.floors import lane_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 Array = npt.NDArray[Any]

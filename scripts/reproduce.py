@@ -109,14 +109,14 @@ def plan_steps(flags: argparse.Namespace, out: Path) -> list[Step]:
     titles = {"mf": "The vignette's model mf", "mf_advanced": "The vignette's model mf_advanced",
               "ours": "Our own configuration for a file of this size"}  # fmt: skip
     for name in RUNS[:-1]:
-        command = [*_launcher(flags.ranks), "jobs/train.py", "--data", str(data), "--run", str(out / name), "--config",
-                   f"jobs/configs/{configs[name]}.toml", "--keep", "1"]  # fmt: skip
+        command = [*_launcher(flags.ranks), "jobs/train.py", "--data", str(data), "--run-dir", str(out / name),
+                   "--config", configs[name], "--keep", "1"]  # fmt: skip
         if name != "ours":  # its settings are the vignette's; how often it saves itself is not one of them
             command += ["--checkpoint-every", "2m"]
         steps.append(Step(name, titles[name], command + ["--epochs", "2"] * flags.quick, lambda: False))
     quick = ["--epochs", "2", "--factors", "20"] * flags.quick
     steps.append(Step("svd", "The vignette's baseline: Surprise's SVD with its defaults",
-                      _job("baseline_svd", "--data", data, "--run", out / "svd", *quick),
+                      _job("baseline_svd", "--data", data, "--run-dir", out / "svd", *quick),
                       (out / "svd" / "report.json").exists))  # fmt: skip
     compared = [out / name for name in ("ours", "mf_advanced", "svd", "mf")]
     steps.append(Step("evaluate", "All of them on the same validation rows",

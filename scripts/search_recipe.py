@@ -31,11 +31,11 @@ import pandas as pd
 from leaderboard import DATASETS, divide, read_ratings
 from peers import job
 
+from mfdist.cluster.world import World
 from mfdist.config import parse_config
-from mfdist.distributed import World
 from mfdist.log import Console
-from mfdist.train import train
-from mfdist.train_config import TrainConfig
+from mfdist.training.config import TrainConfig
+from mfdist.training.train import train
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", default=os.environ.get("MFDIST_TEST_DATA"), help="folder of the rating files")
     parser.add_argument("--data", default=",".join(DATASETS), help="datasets, with commas between them")
-    parser.add_argument("--config", default="jobs/configs/recipe.toml", help="where the search starts")
+    parser.add_argument("--config", default="mfdist/configs/recipe.toml", help="where the search starts")
     parser.add_argument("--keys", default=",".join(SPACE), help="settings to search")
     parser.add_argument("--folds", type=int, default=3, help="inner splits of a dataset with a predefined split")
     parser.add_argument("--gain", type=float, default=1e-4, help="smallest relative gain that changes a setting")
@@ -160,7 +160,7 @@ def rmse_of(settings: Settings, path: str, seed: int, folder: str) -> float:
     """One training in this process."""
     file = Path(folder, "trial.toml")
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
-    arguments = ["--config", str(file), "--data", path, "--run", f"{folder}/run", "--seed", str(seed),
+    arguments = ["--config", str(file), "--data", path, "--run-dir", f"{folder}/run", "--seed", str(seed),
                  "--checkpoint-every", "60m"]  # fmt: skip
     report = train(parse_config(TrainConfig, arguments, "search"), World.alone(), Console(speaks=False))
     assert report is not None

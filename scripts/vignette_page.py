@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 from reproduce import allowed_text, number_text, read_json
 from vignette import CURVES, HISTOGRAM, TOP_USERS, USERS, USERS_OF_50
 
-from mfdist.dataset import Dataset
-from mfdist.export import ExportedModel
-from mfdist.floors import lane_rows
+from mfdist.data.dataset import Dataset
 from mfdist.metrics import round_to_scale
+from mfdist.results.export import ExportedModel
+from mfdist.results.floors import lane_rows
 
 STARS = np.arange(1, 6)
 THEIRS, OURS, TRAIN = "#c0603a", "#1f5fbf", "#8a93a6"

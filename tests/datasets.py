@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mfdist import storage
-from mfdist.dataset import MANIFEST, Dataset, FileEntry, Lane, Manifest, checksum, fingerprint
+from mfdist.data.dataset import MANIFEST, Dataset, FileEntry, Lane, Manifest, checksum, fingerprint
 
 Columns = dict[str, np.ndarray]
 

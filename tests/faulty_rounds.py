@@ -21,16 +21,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 
-from mfdist.distributed import World
+from mfdist.cluster.world import World
 from mfdist.errors import MfdistError
 from mfdist.log import Console
-from mfdist.train import train
-from mfdist.train_config import TrainConfig
+from mfdist.training.config import TrainConfig
+from mfdist.training.train import train
 
 
 def config(data: str, run: str) -> TrainConfig:
     return TrainConfig(
-        data=data, run=run, batch_size=50, epochs=3, emb_dim=8, lr=0.01, device="cpu", checkpoint_every="7", keep=2,
+        data=data, run_dir=run, batch_size=50, epochs=3, emb_dim=8, lr=0.01, device="cpu", checkpoint_every="7", keep=2,
         stop_fraction=0.1,
     )  # fmt: skip
 
@@ -102,12 +102,12 @@ def main(data: str, folder: str, rounds: int, ranks: int, seed: int) -> None:
         codes = reap(pids, 60)
         longest = max(longest, time.monotonic() - died)
         killed += -9 in codes
-        if not any(codes) or Path(c.run, "report.json").exists():
+        if not any(codes) or Path(c.run_dir, "report.json").exists():
             codes = reap(start(c, ranks, folder), 60)
             finished += 1
-            same = codes == [0] * ranks and Path(c.run, "model/model.safetensors").read_bytes() == expected
+            same = codes == [0] * ranks and Path(c.run_dir, "model/model.safetensors").read_bytes() == expected
             unequal += not same
-            shutil.rmtree(c.run)
+            shutil.rmtree(c.run_dir)
             number += 1
     print(f"killed {killed} finished {finished} unequal {unequal} longest {longest:.1f} s after a kill")
 

@@ -14,21 +14,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from jobs import train as job
-from mfdist import checkpoint, exchange, optim, saver, shards, train, validate
+from mfdist.model import exchange, optimizers
+from mfdist.run import background_save, checkpoint, tensor_files
+from mfdist.training import train, validation
 
 POINTS = {
     "first step": (train, "train_step"),  # COUNT 1
     "step": (train, "train_step"),
-    "mid-step": (optim.RowOptimizer, "update"),  # the offset's: the tables have moved, it has not
+    "mid-step": (optimizers.RowOptimizer, "update"),  # the offset's: the tables have moved, it has not
     "exchange": (exchange.SharedExchange, "bring"),
     "check": (train, "_check"),
-    "before shard": (shards, "write"),
-    "in shard": (shards, "_exact"),
-    "flush": (saver, "_flush"),
-    "before metadata": (shards, "write_metadata"),
+    "before shard": (tensor_files, "write"),
+    "in shard": (tensor_files, "_exact"),
+    "flush": (background_save, "_flush"),
+    "before metadata": (tensor_files, "write_metadata"),
     "before COMMIT": (checkpoint, "sync_folder"),
     "prune": (checkpoint, "spare_of"),  # COMMIT is gone, its folder is not
-    "evaluation": (validate.Validation, "errors"),
+    "evaluation": (validation.Validation, "errors"),
     "export": (train, "finish"),
 }
 

@@ -17,7 +17,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: floa
     ``function`` is a module-level function of the test. World size 1 runs here, in this process.
     """
     if size == 1:
-        from mfdist.distributed import World
+        from mfdist.cluster.world import World
 
         return [function(World.alone(), *args)]
     context = multiprocessing.get_context("spawn")
@@ -54,7 +54,7 @@ def _child(queue: Any, store: str, rank: int, size: int, function: Callable[...,
         import torch
         import torch.distributed as dist
 
-        from mfdist.distributed import World
+        from mfdist.cluster.world import World
 
         torch.set_num_threads(1)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

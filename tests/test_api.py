@@ -14,7 +14,7 @@ from test_recommend import expected
 
 import mfdist
 from mfdist.errors import DataError, UsageError
-from mfdist.export import ExportedModel
+from mfdist.results.export import ExportedModel
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ import pytest
 from datasets import make_dataset, write_dataset
 from surprise import SVD, Dataset, Reader
 
-from mfdist import baseline, report
-from mfdist.baseline_run import BaselineConfig, run_baseline
-from mfdist.dataset import Dataset as Prepared
+from mfdist.baseline import svd
+from mfdist.baseline.run import BaselineConfig, run_baseline
+from mfdist.data.dataset import Dataset as Prepared
 from mfdist.errors import UsageError
-from mfdist.export import ExportedModel
 from mfdist.log import Console
+from mfdist.results import report
+from mfdist.results.export import ExportedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 import baseline_svd as job  # jobs are programs, not a package
@@ -30,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 
 def rows(data: Prepared, split: str, sample: float = 1.0) -> list[np.ndarray]:
-    chunks = list(baseline.rows_of(data, split, sample))
+    chunks = list(svd.rows_of(data, split, sample))
     return [np.concatenate([chunk[k] for chunk in chunks]) for k in range(3)]
 
 
@@ -45,7 +46,7 @@ def by_hand(data: Prepared, factors: int, epochs: int, seed: int) -> SVD:
 
 def test_equals_surprise_by_hand_exactly(data: Prepared) -> None:
     theirs = by_hand(data, 7, 4, 11)
-    ours = baseline.fit(data, factors=7, epochs=4, seed=11)
+    ours = svd.fit(data, factors=7, epochs=4, seed=11)
     for name in ("bu", "bi", "pu", "qi"):
         assert np.array_equal(getattr(ours.svd, name), getattr(theirs, name)), name
     user, item, rating = rows(data, "val")
@@ -60,15 +61,15 @@ def test_equals_surprise_by_hand_exactly(data: Prepared) -> None:
 def test_hyper_parameters_change_the_result(data: Prepared) -> None:
     user, item, _ = rows(data, "val")
     base = {"factors": 5, "epochs": 3, "seed": 1}
-    expected = baseline.fit(data, **base).predict(user, item)  # type: ignore[arg-type]
-    assert np.array_equal(expected, baseline.fit(data, **base).predict(user, item))  # type: ignore[arg-type]
+    expected = svd.fit(data, **base).predict(user, item)  # type: ignore[arg-type]
+    assert np.array_equal(expected, svd.fit(data, **base).predict(user, item))  # type: ignore[arg-type]
     for name in base:
-        changed = baseline.fit(data, **{**base, name: base[name] + 1}).predict(user, item)  # type: ignore[arg-type]
+        changed = svd.fit(data, **{**base, name: base[name] + 1}).predict(user, item)  # type: ignore[arg-type]
         assert not np.array_equal(expected, changed), name
 
 
 def test_wrong_predictions_are_found(data: Prepared) -> None:
-    fitted = baseline.fit(data, factors=5, epochs=2, seed=1)
+    fitted = svd.fit(data, factors=5, epochs=2, seed=1)
     user, item, rating = (column[:50] for column in rows(data, "val"))
     honest = fitted.predict(user, item)
     object.__setattr__(fitted, "predict", lambda *_: honest + 1e-6)
@@ -78,7 +79,7 @@ def test_wrong_predictions_are_found(data: Prepared) -> None:
 
 def test_run_writes_what_train_writes(data: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(tmp_path / "svd")
-    flags = ["--data", data.path, "--run", run, "--factors", "6", "--epochs", "3", "--seed", "4"]
+    flags = ["--data", data.path, "--run-dir", run, "--factors", "6", "--epochs", "3", "--seed", "4"]
     assert job.main(flags) == 0
     assert "validation RMSE" in capsys.readouterr().out
     table = json.loads((tmp_path / "svd" / "report.json").read_text())
@@ -102,26 +103,26 @@ def test_run_writes_what_train_writes(data: Prepared, tmp_path: Path, capsys: py
 def test_run_of_training_is_left_alone(data: Prepared, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"job": "train"}')
     with pytest.raises(UsageError, match="another job"):
-        run_baseline(BaselineConfig(data=data.path, run=str(tmp_path)), Console(speaks=False))
+        run_baseline(BaselineConfig(data=data.path, run_dir=str(tmp_path)), Console(speaks=False))
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UsageError, match="run of train"):
-        run_baseline(BaselineConfig(data=data.path, run=str(tmp_path)), Console(speaks=False))
+        run_baseline(BaselineConfig(data=data.path, run_dir=str(tmp_path)), Console(speaks=False))
 
 
 def test_refuses_what_does_not_fit_and_names_a_sample_that_does(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "data", rows=4000, lanes=2, users=2000, items=20)
-    limit = baseline.estimate_bytes(data, 100_000, 0.3)
-    config = BaselineConfig(data=data.path, run=str(tmp_path / "run"), factors=100_000, max_memory=limit)
+    limit = svd.estimate_bytes(data, 100_000, 0.3)
+    config = BaselineConfig(data=data.path, run_dir=str(tmp_path / "run"), factors=100_000, max_memory=limit)
     with pytest.raises(UsageError, match=r"--sample-users 0\.2 would fit") as refusal:
         run_baseline(config, Console(speaks=False))
     assert refusal.value.exit_code == 2 and not (tmp_path / "run").exists()
-    baseline.check_memory(data, 100_000, 0.2, limit)
+    svd.check_memory(data, 100_000, 0.2, limit)
     with pytest.raises(UsageError, match="fewer --factors"):
-        baseline.check_memory(data, 100_000, 1.0, 1000)
+        svd.check_memory(data, 100_000, 1.0, 1000)
 
 
 def test_sample_is_of_users_and_the_same_for_every_seed(data: Prepared, tmp_path: Path) -> None:
-    config = BaselineConfig(data=data.path, run=str(tmp_path / "a"), factors=4, epochs=1, sample_users=0.3, seed=1)
+    config = BaselineConfig(data=data.path, run_dir=str(tmp_path / "a"), factors=4, epochs=1, sample_users=0.3, seed=1)
     table = run_baseline(config, Console(speaks=False))
     train_user, val_user = rows(data, "train", 0.3)[0], rows(data, "val", 0.3)[0]
     assert table["slices"]["all"]["rows"] == len(val_user)
@@ -130,16 +131,16 @@ def test_sample_is_of_users_and_the_same_for_every_seed(data: Prepared, tmp_path
     chosen = np.unique(train_user)
     assert 0.2 < len(chosen) / len(np.unique(everyone)) < 0.4
     assert np.isin(everyone, chosen).sum() == len(train_user)  # all rows of a chosen user
-    assert set(np.unique(val_user)) <= set(np.flatnonzero(baseline.in_sample(np.arange(1200), 0.3)))
-    smaller = baseline.in_sample(np.arange(1200), 0.1)
-    assert not (smaller & ~baseline.in_sample(np.arange(1200), 0.3)).any()
+    assert set(np.unique(val_user)) <= set(np.flatnonzero(svd.in_sample(np.arange(1200), 0.3)))
+    smaller = svd.in_sample(np.arange(1200), 0.1)
+    assert not (smaller & ~svd.in_sample(np.arange(1200), 0.3)).any()
 
 
 def test_no_training_rows(tmp_path: Path) -> None:
     empty = {"user": np.zeros(0, np.int32), "item": np.zeros(0, np.int32), "rating": np.zeros(0, np.float32)}
     data = write_dataset(tmp_path / "data", [[empty]], ranges=[(0, 2)], num_items=2)
     with pytest.raises(UsageError, match="no training ratings"):
-        baseline.fit(data, factors=2, epochs=1, seed=0)
+        svd.fit(data, factors=2, epochs=1, seed=0)
 
 
 def test_half_stars_and_repeated_pairs(tmp_path: Path) -> None:
@@ -148,6 +149,6 @@ def test_half_stars_and_repeated_pairs(tmp_path: Path) -> None:
         "rating": np.array([0.5, 4.5, 3.0, 1.5, 5.0], np.float32),
     }  # fmt: skip
     data = write_dataset(tmp_path / "data", [[columns]], ranges=[(0, 3)], num_items=3)
-    theirs, ours = by_hand(data, 3, 5, 2), baseline.fit(data, factors=3, epochs=5, seed=2)
+    theirs, ours = by_hand(data, 3, 5, 2), svd.fit(data, factors=3, epochs=5, seed=2)
     assert np.array_equal(theirs.pu, ours.svd.pu) and np.array_equal(theirs.qi, ours.svd.qi)
     assert ours.trainset.global_mean == theirs.trainset.global_mean

@@ -16,15 +16,16 @@ from datasets import make_dataset
 from ranks import run_ranks
 
 from jobs import checkpoint as job
-from mfdist import checkpoint, saver, session, shards
-from mfdist.checkpoint import Retention
-from mfdist.dataset import Dataset
-from mfdist.distributed import World
+from mfdist.cluster.world import World
+from mfdist.data.dataset import Dataset
+from mfdist.data.loader import Loader
 from mfdist.errors import DataError, MfdistError, UsageError
-from mfdist.loader import Loader
 from mfdist.log import Console
-from mfdist.train import train
-from mfdist.train_config import TrainConfig
+from mfdist.run import background_save, checkpoint, tensor_files
+from mfdist.run.checkpoint import Retention
+from mfdist.training import session
+from mfdist.training.config import TrainConfig
+from mfdist.training.train import train
 
 QUIET = Console(speaks=False)
 LANES = {"users": 5, "items": 6, "lanes": 9, "lane_weights": [0, 5, 0, 1, 0, 30, 0, 2, 60]}
@@ -45,7 +46,7 @@ def data(tmp_path_factory):
 
 def config(data, run, **values):
     small = {"batch_size": 64, "epochs": 1, "emb_dim": 4, "device": "cpu", "lr": 0.01, "checkpoint_every": "4"}
-    return TrainConfig(data=data, run=str(run), **{**small, "sharding": "row", **values})
+    return TrainConfig(data=data, run_dir=str(run), **{**small, "sharding": "row", **values})
 
 
 def configs(data, folder, cases, **values):
@@ -129,11 +130,11 @@ def tensors_of(world, value=1.0, rows=1000):
 
 def test_a_snapshot_is_what_the_tensors_were_when_it_began(tmp_path, monkeypatch):
     go = threading.Event()
-    flush = saver._flush
-    monkeypatch.setattr(saver, "_flush", lambda path: (go.wait(10), flush(path)))
+    flush = background_save._flush
+    monkeypatch.setattr(background_save, "_flush", lambda path: (go.wait(10), flush(path)))
     world, run = World.alone(), str(tmp_path)
     tensors = tensors_of(world)
-    one = saver.Saver(run, world, Retention(3))
+    one = background_save.Saver(run, world, Retention(3))
     one.begin(5, tensors, {"a": 1}, None)
     assert one.flags() == [1.0, 0.0] and one.advance(1.0, 0.0) is None
     assert checkpoint.committed_steps(run) == []
@@ -144,7 +145,7 @@ def test_a_snapshot_is_what_the_tensors_were_when_it_began(tmp_path, monkeypatch
     assert done["step"] == 5 and done["bytes"] > 32_000 and done["pause_seconds"] < done["background_seconds"] + 10
     assert checkpoint.committed_steps(run) == [5] and checkpoint.verify(checkpoint.folder_of(run, 5)) == []
     got = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    shards.read(checkpoint.folder_of(run, 5), got)
+    tensor_files.read(checkpoint.folder_of(run, 5), got)
     assert all((tensor == 1).all() for tensor in got.values())
     assert one.wait() is None
 
@@ -155,23 +156,23 @@ def test_several_files_of_a_rank_hold_what_one_does(tmp_path, files):
     sizes = (1000, 1, 700, 0, 300, 300)
     tensors = {f"user.part-{k:05d}.rows": torch.from_numpy(rng.random((n, 8), np.float32)) for k, n in enumerate(sizes)}
     tensors["offset"] = torch.ones(1)
-    places = shards.write(str(tmp_path), 3, tensors, files)
+    places = tensor_files.write(str(tmp_path), 3, tensors, files)
     assert {place.file for place in places} == {f"__3_{k}.distcp" for k in range(min(files, len(tensors)))}
     assert {place.name for place in places} == set(tensors)
     if files == 2:
         held = [os.path.getsize(tmp_path / f"__3_{k}.distcp") for k in range(2)]
         assert max(held) < 1.3 * min(held)
-    shards.write_metadata(str(tmp_path / ".metadata"), places)
+    tensor_files.write_metadata(str(tmp_path / ".metadata"), places)
     got = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    shards.read(str(tmp_path), got)
+    tensor_files.read(str(tmp_path), got)
     assert all(torch.equal(got[name], tensors[name]) for name in tensors)
 
 
 def test_a_checkpoint_is_written_over_the_files_that_were_made_for_it(tmp_path, monkeypatch):
     world, run = World.alone(), str(tmp_path)
-    monkeypatch.setattr(saver, "_on_a_disk_here", lambda run: True)
+    monkeypatch.setattr(background_save, "_on_a_disk_here", lambda run: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    one = saver.Saver(run, world, Retention(1))
+    one = background_save.Saver(run, world, Retention(1))
     tensors = tensors_of(world) | {"user.part-00001.rows": torch.ones(900, 8)}
     assert one.unprepared
     one.prepare(tensors)
@@ -184,20 +185,20 @@ def test_a_checkpoint_is_written_over_the_files_that_were_made_for_it(tmp_path, 
     assert {name: os.stat(os.path.join(folder, name)).st_ino for name in made} == made
     assert checkpoint.verify(folder) == [] and os.listdir(tmp_path / "checkpoints/spare") == []
     got = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    shards.read(folder, got)
+    tensor_files.read(folder, got)
     assert all(torch.equal(got[name], tensors[name]) for name in tensors)
     one.close()
 
 
 def test_making_files_ahead_ends_with_the_run_and_its_failure_is_none_of_the_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(saver, "_on_a_disk_here", lambda run: True)
-    monkeypatch.setattr(saver, "PAGES_BYTES", 1)
-    one = saver.Saver(str(tmp_path), World.alone(), Retention(1))
+    monkeypatch.setattr(background_save, "_on_a_disk_here", lambda run: True)
+    monkeypatch.setattr(background_save, "PAGES_BYTES", 1)
+    one = background_save.Saver(str(tmp_path), World.alone(), Retention(1))
     one.prepare({"w": torch.ones(10_000_000)})
     began = time.monotonic()
     one.close()
     assert time.monotonic() - began < 5
-    monkeypatch.setattr(saver, "_make_pages", lambda *rest: refuse())
+    monkeypatch.setattr(background_save, "_make_pages", lambda *rest: refuse())
     one.prepare({"w": torch.ones(10)})
     one.begin(1, {"w": torch.ones(10)}, {}, None)
     assert one.wait()["step"] == 1
@@ -207,12 +208,12 @@ def break_rank_1(world, run, where):
     """Two saves, the second fails on rank 1 only; returns what each rank hears, and the steps that stand."""
     if world.rank == 1:
         if where == "pause":
-            write = shards.write
-            shards.write = lambda folder, *rest: refuse() if "00000002" in folder else write(folder, *rest)
+            write = tensor_files.write
+            tensor_files.write = lambda folder, *rest: refuse() if "00000002" in folder else write(folder, *rest)
         else:
             entry = checkpoint.entry
             checkpoint.entry = lambda path: refuse() if "00000002" in path else entry(path)
-    one = saver.Saver(run, world, Retention(3))
+    one = background_save.Saver(run, world, Retention(3))
     one.begin(1, tensors_of(world), {}, None)
     one.begin(2, tensors_of(world, 2.0), {}, None)
     with pytest.raises(MfdistError, match="No space left") as caught:
@@ -236,7 +237,7 @@ def test_a_failing_background_ends_the_run_and_the_rest_is_intact(data, tmp_path
     c = config(data, tmp_path / "run", checkpoint_every="4", epochs=2)
     with pytest.raises(MfdistError, match=r"step-00000008 could not be written.*No space left"):
         train(c, World.alone(), QUIET)
-    assert checkpoint.committed_steps(c.run) == [4]
+    assert checkpoint.committed_steps(c.run_dir) == [4]
 
 
 def test_saving_changes_no_number_and_is_logged(data, tmp_path):
@@ -256,7 +257,7 @@ def test_saving_changes_no_number_and_is_logged(data, tmp_path):
 
 
 def write_steps(run, steps):
-    one = saver.Saver(str(run), World.alone(), Retention(99))
+    one = background_save.Saver(str(run), World.alone(), Retention(99))
     for step in steps:
         one.begin(step, tensors_of(World.alone(), step), {"progress": {"stop_rmse": []}}, None)
     one.wait()
@@ -271,12 +272,12 @@ def test_pruning_keeps_the_last_every_nth_and_the_chosen(tmp_path):
     write_steps(tmp_path, [11])  # into the spare files, whose content is another step's
     assert checkpoint.verify(checkpoint.folder_of(str(tmp_path), 11)) == []
     got = {"w0": torch.zeros(3), "user.part-00000.rows": torch.zeros(1000, 8)}
-    shards.read(checkpoint.folder_of(str(tmp_path), 11), got)
+    tensor_files.read(checkpoint.folder_of(str(tmp_path), 11), got)
     assert (got["user.part-00000.rows"] == 11).all()
 
 
 def test_files_are_made_ahead_on_a_disk_alone():
-    assert not saver._on_a_disk_here("/proc") and not saver._on_a_disk_here("/no/such/folder")
+    assert not background_save._on_a_disk_here("/proc") and not background_save._on_a_disk_here("/no/such/folder")
 
 
 def test_keep_every_of_a_run(data, tmp_path):
@@ -318,7 +319,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(data, tmp_p
     whole = train(config(data, tmp_path / "whole", epochs=2), World.alone(), QUIET)
     c = config(data, tmp_path / "run", epochs=1)
     train(c, World.alone(), QUIET)
-    folder = tmp_path / "run/checkpoints" / f"step-{checkpoint.committed_steps(c.run)[-1]:08d}"
+    folder = tmp_path / "run/checkpoints" / f"step-{checkpoint.committed_steps(c.run_dir)[-1]:08d}"
     path = folder / {"commit": "COMMIT", "metadata": ".metadata"}.get(damage, "__0_0.distcp")
     content = bytearray(path.read_bytes())
     if damage == "missing":
@@ -349,7 +350,7 @@ def test_a_planted_pickle_runs_nothing(data, tmp_path):
     pickle.loads(pickle.dumps(Planted(proof)))  # the pickle works where it is trusted
     os.rmdir(proof)
     for name in (".metadata", "__0_0.distcp"):
-        step = checkpoint.committed_steps(c.run)[-1]
+        step = checkpoint.committed_steps(c.run_dir)[-1]
         folder = tmp_path / "run/checkpoints" / f"step-{step:08d}"
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(pickle.dumps(Planted(proof)))
@@ -366,10 +367,10 @@ def test_a_planted_pickle_runs_nothing(data, tmp_path):
 
 
 def test_metadata_that_points_elsewhere_is_refused(tmp_path):
-    place = shards.Place("w", torch.float32, (3,), "../other.distcp", 0, 10)
-    shards.write_metadata(str(tmp_path / ".metadata"), [place])
+    place = tensor_files.Place("w", torch.float32, (3,), "../other.distcp", 0, 10)
+    tensor_files.write_metadata(str(tmp_path / ".metadata"), [place])
     with pytest.raises(DataError, match="outside"):
-        shards.read(str(tmp_path), {"w": torch.zeros(3)})
+        tensor_files.read(str(tmp_path), {"w": torch.zeros(3)})
 
 
 def test_an_object_store_gets_whole_checkpoints_and_staging_is_removed(data, tmp_path, monkeypatch):

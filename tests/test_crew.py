@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from mfdist import fused
-from mfdist.distributed import World
-from mfdist.embedding import Layout, ShardedTable
-from mfdist.fused import FusedStep
+from mfdist.cluster.world import World
 from mfdist.kernels import machine
-from mfdist.model import Form, MFAdvanced
-from mfdist.objective import Objective
-from mfdist.optim import RowOptimizer
+from mfdist.model import cpu_step
+from mfdist.model.cpu_step import FusedStep
+from mfdist.model.models import Form, MFAdvanced
+from mfdist.model.objective import Objective
+from mfdist.model.optimizers import RowOptimizer
+from mfdist.model.tables import Layout, ShardedTable
 
 ROWS = (300, 90)
 SIZES = (700, 30, 4000, 700)  # shared out, by one thread alone, into larger arrays, shared out again
@@ -50,7 +50,7 @@ def trained(threads, pause=0.0):
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(fused, "PARALLEL_ROWS", 100)
+    monkeypatch.setattr(cpu_step, "PARALLEL_ROWS", 100)
 
 
 @pytest.mark.parametrize("threads", [2, 3])

@@ -11,16 +11,16 @@ import pytest
 from ranks import run_ranks
 
 from jobs import baseline_svd, evaluate, prepare
-from mfdist.builtin import make_builtin
+from mfdist.cluster.world import World
 from mfdist.config import read_toml
-from mfdist.distributed import World
 from mfdist.log import Console
-from mfdist.synthesize import SynthesizeConfig, synthesize
-from mfdist.train import train
-from mfdist.train_config import TrainConfig
+from mfdist.synthetic.builtin import make_builtin
+from mfdist.synthetic.synthesize import SynthesizeConfig, synthesize
+from mfdist.training.config import TrainConfig
+from mfdist.training.train import train
 
 QUIET = Console(speaks=False)
-CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
+CONFIGS = Path(__file__).parents[1] / "mfdist" / "configs"
 REAL = {
     "ratings_Electronics.head50698.csv": (50_698, 47_141, 3_529),
     "electronics-core164k.parquet": (164_007, 8_014, 6_727),
@@ -36,7 +36,7 @@ def vignettes(data, folder):
     """Both models with the vignette's configurations."""
     return [
         TrainConfig(
-            data=data, run=f"{folder}-{name}", device="cpu", **read_toml(TrainConfig, str(CONFIGS / f"{name}.toml"))
+            data=data, run_dir=f"{folder}-{name}", device="cpu", **read_toml(TrainConfig, str(CONFIGS / f"{name}.toml"))
         )
         for name in ("vignette_mf", "vignette_mf_advanced")
     ]
@@ -58,7 +58,7 @@ def test_real_ratings_from_file_to_comparison_on_1_2_and_4_ranks(name, tmp_path,
     for ranks in (2, 4):
         np.testing.assert_allclose(curves[ranks], curves[1], atol=1e-4)
     svd = str(tmp_path / "svd")
-    assert baseline_svd.main(["--data", data, "--run", svd]) == 0
+    assert baseline_svd.main(["--data", data, "--run-dir", svd]) == 0
     capsys.readouterr()
     runs = [svd, f"{tmp_path}/1-vignette_mf", f"{tmp_path}/1-vignette_mf_advanced"]
     assert evaluate.main([*runs, "--out", str(tmp_path / "table.json")]) == 0
@@ -70,7 +70,7 @@ def test_built_in_ratings_are_learned_to_near_their_noise_floor(tmp_path):
     data, source = str(tmp_path / "builtin"), str(tmp_path / "same.csv")
     make_builtin(data)
     floor = synthesize(SynthesizeConfig(rows=200_000, out=source)).noise_floor["rmse"]
-    c = TrainConfig(data=data, run=str(tmp_path / "run"), device="cpu", lr=0.005)
+    c = TrainConfig(data=data, run_dir=str(tmp_path / "run"), device="cpu", lr=0.005)
     report = train(c, World.alone(), QUIET)
     assert floor < report["final"]["val_rmse"] < floor + 0.08
     assert report["final"]["val_rmse"] < report["floors"]["bias"]["rmse"]

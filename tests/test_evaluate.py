@@ -15,13 +15,13 @@ from ranks import run_ranks
 from test_export import CONFIG, PLAIN, export, in_chunks, random_tables
 
 from mfdist import storage
-from mfdist.dataset import Dataset
-from mfdist.distributed import World
+from mfdist.cluster.world import World
+from mfdist.data.dataset import Dataset
 from mfdist.errors import ComparisonError, DataError, UsageError
-from mfdist.evaluate import EvaluateConfig, check_required, deciles, evaluate_runs, floors, format_table
-from mfdist.export import ExportedModel, write_model
 from mfdist.metrics import in_sample
-from mfdist.ranking import Seen, gains, rank_metrics, seen_items, top_items
+from mfdist.results.evaluate import EvaluateConfig, check_required, deciles, evaluate_runs, floors, format_table
+from mfdist.results.export import ExportedModel, write_model
+from mfdist.results.ranking import Seen, gains, rank_metrics, seen_items, top_items
 
 JOBS = Path(__file__).parent.parent / "jobs"
 
@@ -354,8 +354,8 @@ def brute_force(model, users, k, hidden):
 
 @pytest.mark.parametrize("block", [7, 1 << 15])
 def test_top_items_are_those_of_all_pairs(tmp_path, dataset, monkeypatch, block):
-    monkeypatch.setattr("mfdist.ranking.ITEM_BLOCK", block)
-    monkeypatch.setattr("mfdist.ranking.USER_BLOCK", block)
+    monkeypatch.setattr("mfdist.results.ranking.ITEM_BLOCK", block)
+    monkeypatch.setattr("mfdist.results.ranking.USER_BLOCK", block)
     write_run(tmp_path / "run", dataset)
     model = ExportedModel.open(str(tmp_path / "run"))
     first, end = dataset.manifest.lanes[1].user_ranges[0]

@@ -9,9 +9,9 @@ from datasets import make_dataset
 from ranks import run_ranks
 from test_train import Plain, config, exported, train_all
 
-from mfdist.dataset import Dataset
-from mfdist.loader import Loader
-from mfdist.train_config import TrainConfig
+from mfdist.data.dataset import Dataset
+from mfdist.data.loader import Loader
+from mfdist.training.config import TrainConfig
 
 STEPS = 3000
 CASES = [
@@ -69,7 +69,7 @@ def test_three_thousand_steps_with_a_schedule_and_decay(data, tmp_path, ranks):
                                                                "checkpoint_every": "1000000"}))  # fmt: skip
     run_ranks(ranks, train_all, configs, timeout=1800.0)
     for c in configs:
-        exact, single, found = dense(c, torch.float64), dense(c, torch.float32), exported(c.run)
+        exact, single, found = dense(c, torch.float64), dense(c, torch.float32), exported(c.run_dir)
         for name, table in exact.items():
             allowed = max(2e-6, distance(single[name], table))
             assert distance(found[name], table) <= allowed, (c.model, c.eps, c.batch_size, name, allowed)

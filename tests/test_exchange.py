@@ -17,15 +17,16 @@ from datasets import make_dataset
 from ranks import _child, run_ranks
 from test_train import config, curve, exported, train_all
 
-from mfdist import exchange, fused, shared
-from mfdist.dataset import Dataset
-from mfdist.distributed import World
+from mfdist.cluster import shared_memory
+from mfdist.cluster.shared_memory import SharedMemory
+from mfdist.cluster.world import World
+from mfdist.data.dataset import Dataset
 from mfdist.errors import LostRankError
 from mfdist.log import Console
-from mfdist.model import ITEM_TABLE
-from mfdist.session import build
-from mfdist.shared import SharedMemory
-from mfdist.train import _open_loader, train_step
+from mfdist.model import cpu_step, exchange
+from mfdist.model.models import ITEM_TABLE
+from mfdist.training.session import build
+from mfdist.training.train import _open_loader, train_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 CASES = {
@@ -44,7 +45,7 @@ def data(tmp_path_factory):
 
 def train_each_way(world, data, folder):
     """Every case through memory that has to grow, the same with two threads, and through the group."""
-    exchange.FIRST_LINES, fused.PARALLEL_ROWS = 4, 1
+    exchange.FIRST_LINES, cpu_step.PARALLEL_ROWS = 4, 1
     for way, may_share, threads in (("memory", True, 1), ("threads", True, 2), ("group", False, 1)):
         world.may_share = may_share
         torch.set_num_threads(threads)
@@ -202,12 +203,12 @@ def test_signals_order_what_is_written_and_nothing_stays_open():
 
 
 def test_memory_of_another_host_or_process_is_refused():
-    offer, memory = shared.make(4096)
+    offer, memory = shared_memory.make(4096)
     memory[0] = 7
-    again = shared.attach(offer, 4096)
+    again = shared_memory.attach(offer, 4096)
     assert again is not None and again[0] == 7
     for wrong in ({"host": ("elsewhere",)}, {"name": "mfdist-another"}, {"file": 99999}, {"process": 2**22 + 1}):
-        assert shared.attach(dataclasses.replace(offer, **wrong), 4096) is None, wrong
+        assert shared_memory.attach(dataclasses.replace(offer, **wrong), 4096) is None, wrong
     os.close(offer.file)
-    assert shared.attach(offer, 4096) is None
+    assert shared_memory.attach(offer, 4096) is None
     assert World.alone().share(4096) is None

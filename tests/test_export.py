@@ -16,7 +16,7 @@ from datasets import make_dataset
 
 from mfdist import storage
 from mfdist.errors import DataError
-from mfdist.export import ExportedModel, model_path, write_card, write_model
+from mfdist.results.export import ExportedModel, model_path, write_card, write_model
 
 CONFIG = {"model": "mf_advanced", "dim": 6, "bias": True, "sigmoid": True, "sigmoid_range": [0.5, 5.5], "cold": "own"}
 PLAIN = {"model": "mf", "dim": 6, "bias": False, "sigmoid": False, "sigmoid_range": None, "cold": "own"}

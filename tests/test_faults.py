@@ -24,12 +24,12 @@ from fsspec.implementations.local import LocalFileSystem
 from pods import ip
 from pods import missing as no_namespaces
 
-from mfdist import checkpoint
-from mfdist.distributed import World
+from mfdist.cluster.world import World
 from mfdist.errors import MfdistError
 from mfdist.log import Console
-from mfdist.train import train
-from mfdist.train_config import TrainConfig
+from mfdist.run import checkpoint
+from mfdist.training.config import TrainConfig
+from mfdist.training.train import train
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -53,8 +53,8 @@ def start(data, run, ranks=2, fault=None, flags=(), launch=("--standalone",), sp
     if fault:
         env["MFDIST_TEST_FAULT"] = fault
     command = [*shell, *(["ip", "netns", "exec", space] if space else []), sys.executable, "-m", "mfdist.launch",
-               *launch, f"--nproc-per-node={ranks}", str(HERE / "faulty_train.py"), "--data", data, "--run", str(run),
-               *FLAGS, *flags]  # fmt: skip
+               *launch, f"--nproc-per-node={ranks}", str(HERE / "faulty_train.py"), "--data", data,
+               "--run-dir", str(run), *FLAGS, *flags]  # fmt: skip
     with open(log or f"{run}.log", "ab") as stream:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=stream, stderr=stream, start_new_session=True)
 
@@ -255,7 +255,7 @@ def test_a_lost_host_ends_the_others_and_the_job_resumes(data, expected, tmp_pat
 def config(data, run, **values):
     small = {"batch_size": 50, "epochs": 2, "emb_dim": 8, "lr": 0.01, "device": "cpu", "checkpoint_every": "9",
              "keep": 2}  # fmt: skip
-    return TrainConfig(data=data, run=str(run), **{**small, **values})
+    return TrainConfig(data=data, run_dir=str(run), **{**small, **values})
 
 
 class FailingFS(LocalFileSystem):
@@ -331,8 +331,8 @@ def test_a_secret_is_found_nowhere(data, tmp_path, capfd):
 def test_metrics_are_cut_at_the_restored_step(data, tmp_path):
     c = config(data, tmp_path / "run", keep=99)
     train(c, World.alone(), QUIET)
-    for step in checkpoint.committed_steps(c.run)[2:]:
-        shutil.rmtree(checkpoint.folder_of(c.run, step))
+    for step in checkpoint.committed_steps(c.run_dir)[2:]:
+        shutil.rmtree(checkpoint.folder_of(c.run_dir, step))
     os.unlink(tmp_path / "run/report.json")
     with open(tmp_path / "run/metrics.jsonl", "a") as stream:
         stream.write('{"kind": "epoch", "step"')  # a kill in mid-line

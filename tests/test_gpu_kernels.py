@@ -24,16 +24,16 @@ triton = pytest.importorskip("triton", reason="triton is to be had for Linux on 
 from datasets import make_dataset  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 
-from mfdist import session as sessions  # noqa: E402
-from mfdist.distributed import World  # noqa: E402
-from mfdist.embedding import Layout, ShardedTable  # noqa: E402
-from mfdist.fused import FusedStep  # noqa: E402
+from mfdist.cluster.world import World  # noqa: E402
 from mfdist.log import Console  # noqa: E402
-from mfdist.model import MF, Form, MFAdvanced  # noqa: E402
-from mfdist.objective import ITEM, USER, Objective, shares_of  # noqa: E402
-from mfdist.optim import RowOptimizer  # noqa: E402
-from mfdist.train import train  # noqa: E402
-from mfdist.train_config import TrainConfig  # noqa: E402
+from mfdist.model.cpu_step import FusedStep  # noqa: E402
+from mfdist.model.models import MF, Form, MFAdvanced  # noqa: E402
+from mfdist.model.objective import ITEM, USER, Objective, shares_of  # noqa: E402
+from mfdist.model.optimizers import RowOptimizer  # noqa: E402
+from mfdist.model.tables import Layout, ShardedTable  # noqa: E402
+from mfdist.training import session as sessions  # noqa: E402
+from mfdist.training.config import TrainConfig  # noqa: E402
+from mfdist.training.train import train  # noqa: E402
 
 if not ON_GPU:
     from triton.runtime import interpreter
@@ -68,7 +68,7 @@ def model_on(device, *, dim, bias, optimizer, sigmoid=True):
 
 
 def gpu_step(model, optimizer, objective, shares):
-    from mfdist.fused_gpu import GpuStep
+    from mfdist.model.gpu_step import GpuStep
 
     return GpuStep(model, optimizer, objective, shares)
 
@@ -201,7 +201,7 @@ def test_same_steps_twice_give_the_same_bits():
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_a_graph_gives_the_bits_of_its_kernels():
-    from mfdist.fused_gpu import GpuStep
+    from mfdist.model.gpu_step import GpuStep
 
     case = {"kind": "adamw", "dim": 32, "bias": True, "rows": (300,)}
     runs = [
@@ -215,7 +215,7 @@ def test_a_graph_gives_the_bits_of_its_kernels():
 
 def small_config(data, run, **values):
     small = {"batch_size": 90, "epochs": 1, "emb_dim": 4, "device": "cpu", "checkpoint_every": "2", "l2": (0.01, 0.02)}
-    return TrainConfig(data=data, run=str(run), **{**small, **values})
+    return TrainConfig(data=data, run_dir=str(run), **{**small, **values})
 
 
 def train_on_gpu_kernels(world, configs):

@@ -120,7 +120,7 @@ def test_overlays_change_what_they_say() -> None:
 @pytest.mark.parametrize("name", KUSTOMIZATIONS)
 def test_the_mounted_configuration_is_one_that_train_takes(name: str, tmp_path: Path) -> None:
     from mfdist.config import read_toml
-    from mfdist.train_config import TrainConfig
+    from mfdist.training.config import TrainConfig
 
     path = tmp_path / "train.toml"
     path.write_text(find(manifests_of(name), "ConfigMap", "mfdist-train")["data"]["train.toml"])

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mfdist import launch
-from mfdist.errors import UsageError
+from mfdist.cluster import launch
+from mfdist.errors import UsageError, exit_code_of
 
 # argv[1]: a folder for notes; argv[2 + rank]: what this rank does.
 WORKER = """
@@ -206,8 +206,8 @@ def test_threads_are_shared_out(worker: str, tmp_path: Path, monkeypatch: pytest
 
 def test_the_jobs_flags_are_not_taken_for_torchruns(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import sys; sys.exit(sys.argv[1:] != ['--run', 'r', '--max', '1'])")
-    assert launch.main(["--standalone", "--nproc-per-node=1", str(script), "--run", "r", "--max", "1"]) == 0
+    script.write_text("import sys; sys.exit(sys.argv[1:] != ['--run-dir', 'r', '--max', '1'])")
+    assert launch.main(["--standalone", "--nproc-per-node=1", str(script), "--run-dir", "r", "--max", "1"]) == 0
 
 
 def test_usable_cores_is_within_the_affinity() -> None:
@@ -242,5 +242,5 @@ def test_a_bad_flag_is_a_usage_error_that_names_it(worker: str, flag: str) -> No
 
 def test_hosts_that_do_not_meet_are_named(worker: str, capfd: pytest.CaptureFixture[str]) -> None:
     flags = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:1", "--rdzv-conf=is_host=0,read_timeout=1"]
-    assert launch.exit_code_of(lambda: launch.main([*flags, "--nproc-per-node=1", worker])) == 1
+    assert exit_code_of(lambda: launch.main([*flags, "--nproc-per-node=1", worker])) == 1
     assert "did not find each other at 127.0.0.1:1" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""Imports among the modules of mfdist go to strictly lower layers, lazily imported ones included."""
+"""Who imports whom: one table of rooms, no circle inside a room, light imports, one caller of process groups."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,74 +14,117 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mfdist"
 
-# Modules of one layer do not import each other; where a concept has several files they take their places in
-# order, separated by "/": a later place of the same layer may import an earlier one.
-LAYERS = (
-    "errors ids text_rows objective / storage / config metrics log schedule shuffle kernels",
-    "shared / distributed launch dataset stopping lease",
-    "card degrees reading prefetch sources spill optim shards dataset_report "
-    "/ checkpoint / saver planted assembly layouts split lanes embedding export amend blocks / twin device_feed "
-    "vocabulary prepare_config exchange "
-    "json_rows table_rows / synthesize loader readers / ingest / counting / assemble baseline / survey / append "
-    "/ compact / prepare",
-    "model builtin",
-    "floors ranking train_config run_directory housekeeping report fused / fused_gpu evaluate recommend validate "
-    "/ baseline_run",
-    "session api / finish / train / calibration / plan",
-)
+TOP = "errors storage config log metrics"
+ROOMS = {
+    "kernels": "",
+    "cluster": f"kernels {TOP}",
+    "data": f"kernels {TOP}",
+    "prepare": f"data kernels {TOP}",
+    "model": f"data cluster kernels {TOP}",
+    "run": f"data cluster {TOP}",
+    "results": f"prepare run model data cluster kernels {TOP}",
+    "synthetic": f"prepare data {TOP}",
+    "baseline": f"results run data cluster {TOP}",
+    "training": f"results synthetic run model data cluster kernels {TOP}",
+    "planning": f"training results synthetic prepare run model data cluster kernels {TOP}",
+    "api": f"results prepare data {TOP}",
+    "jobs": f"planning training baseline results synthetic prepare run model data cluster kernels api {TOP}",
+    "errors": "",
+    "storage": "errors",
+    "config": "errors storage",
+    "log": "errors storage",
+    "metrics": "",
+    "launch": "cluster errors",
+    "__main__": f"jobs cluster {TOP}",
+    "__init__": "api",
+}
+"""Room or top-level module of mfdist -> what it may import, what is imported lazily included."""
 
 
-def places() -> dict[str, tuple[int, int]]:
-    """Module -> (layer, place within it)."""
-    return {
-        name: (layer, place)
-        for layer, line in enumerate(LAYERS)
-        for place, names in enumerate(line.split("/"))
-        for name in names.split()
-    }
+def room_of(module: str) -> str:
+    """The room of a dotted module below mfdist: its first word."""
+    return module.split(".")[0]
 
 
-def modules() -> dict[str, list[Path]]:
-    """The package's modules; a folder counts as one."""
-    found = {path.stem: [path] for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-    found |= {path.parent.name: sorted(path.parent.glob("*.py")) for path in PACKAGE.glob("*/__init__.py")}
+def modules() -> dict[str, Path]:
+    """Dotted names below mfdist, such as ``data.loader`` and ``errors``; a room itself is its ``__init__``."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
     return found
 
 
 def imported(source: str) -> set[str]:
-    """Modules of mfdist that a source file imports, anywhere in it."""
+    """Dotted names below mfdist that a source file imports, anywhere in it; the last word may be a function."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("mfdist.")}
-        elif isinstance(node, ast.ImportFrom) and node.module == "mfdist" and node.level == 0:
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mfdist."):
-            names.add(node.module.split(".")[1])
+            names |= {alias.name.removeprefix("mfdist.") for alias in node.names if alias.name.startswith("mfdist.")}
         elif isinstance(node, ast.ImportFrom) and node.level > 0:
-            raise AssertionError("relative imports hide their layer; write mfdist.<module>")
+            raise AssertionError("relative imports hide their room; write mfdist.<room>")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mfdist":
+            prefix = (node.module or "")[len("mfdist.") :]
+            names |= {f"{prefix}.{alias.name}".strip(".") for alias in node.names}
     return names - {"__version__"}
 
 
-def test_every_module_has_a_place() -> None:
-    assert sorted(set(modules()) - set(places())) == []
+def resolved(name: str, known: dict[str, Path]) -> str:
+    """The module that an imported name belongs to."""
+    while name and name not in known:
+        name = name.rpartition(".")[0]
+    return name
 
 
-@pytest.mark.parametrize("name", sorted(modules()))
-def test_imports_go_down(name: str) -> None:
-    order = places()
-    for path in modules()[name]:
-        for other in imported(path.read_text()) - {name}:
-            assert order[other] < order[name], f"{path.relative_to(ROOT)} imports mfdist.{other}, which is not below it"
+def arrows() -> dict[str, set[str]]:
+    """Module -> modules it imports."""
+    known = modules()
+    return {
+        name: {found for other in imported(path.read_text()) if (found := resolved(other, known)) and found != name}
+        for name, path in known.items()
+    }
+
+
+def test_every_module_has_a_room() -> None:
+    assert {room_of(name) for name in modules()} - set(ROOMS) == set()
+    assert all(name.count(".") <= 1 for name in modules())
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_room_imports_only_what_it_may(room: str) -> None:
+    allowed = {room, *ROOMS[room].split()}
+    for name, others in arrows().items():
+        for other in others if room_of(name) == room else ():
+            assert room_of(other) in allowed, f"mfdist.{name} imports mfdist.{other}"
+
+
+def test_rooms_have_no_circle() -> None:
+    list(TopologicalSorter({room: ROOMS[room].split() for room in ROOMS}).static_order())
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_no_circle_inside_a_room(room: str) -> None:
+    inside = {
+        name: {other for other in others if room_of(other) == room}
+        for name, others in arrows().items()
+        if room_of(name) == room
+    }
+    list(TopologicalSorter(inside).static_order())
+
+
+@pytest.mark.parametrize("room", sorted(name for name in ROOMS if (PACKAGE / name / "__init__.py").exists()))
+def test_a_room_says_what_enters_and_what_leaves(room: str) -> None:
+    text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())) or ""
+    assert all(word in text for word in ("Enters:", "Leaves:", "May import:"))
 
 
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("import mfdist.train", {"train"}),
-        ("from mfdist import storage, train as t", {"storage", "train"}),
-        ("from mfdist.kernels.reference import step", {"kernels"}),
-        ("def f():\n    if x:\n        from mfdist import api", {"api"}),
+        ("import mfdist.training.train", {"training.train"}),
+        ("from mfdist import storage, api as a", {"storage", "api"}),
+        ("from mfdist.kernels.reference import step", {"kernels.reference.step"}),
+        ("def f():\n    if x:\n        from mfdist.run import lease", {"run.lease"}),
     ],
 )
 def test_every_form_of_import_is_seen(source: str, expected: set[str]) -> None:
@@ -92,16 +136,24 @@ import sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"polars", "pydantic", "surprise"}:
-            raise ImportError(f"{name} is blocked")
+        if name.split(".")[0] in {blocked}:
+            raise ImportError(f"{{name}} is blocked")
 
 sys.meta_path.insert(0, Refuse())
-import mfdist.train
+import {module}
 """
 
 
-def test_training_needs_neither_polars_nor_pydantic_nor_surprise() -> None:
-    result = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, cwd=ROOT)
+@pytest.mark.parametrize(
+    ("module", "blocked"),
+    [
+        ("mfdist.training.train", {"polars", "pydantic", "surprise"}),
+        ("mfdist", {"torch", "polars", "numba", "numpy", "pyarrow"}),
+    ],
+)
+def test_light_imports(module: str, blocked: set[str]) -> None:
+    code = BLOCKED.format(blocked=blocked, module=module)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
 
 
@@ -111,10 +163,9 @@ COLLECTIVES = re.compile(
 )
 
 
-def test_only_distributed_calls_process_groups() -> None:
-    """Everything else goes through the World."""
-    assert COLLECTIVES.search((PACKAGE / "distributed.py").read_text())
-    for name, paths in modules().items():
-        for path in paths:
-            found = COLLECTIVES.search(path.read_text())
-            assert name == "distributed" or not found, f"{path.relative_to(ROOT)} calls {found}"
+def test_only_the_world_calls_process_groups() -> None:
+    """Everything else goes through it."""
+    assert COLLECTIVES.search((PACKAGE / "cluster/world.py").read_text())
+    for name, path in modules().items():
+        found = COLLECTIVES.search(path.read_text())
+        assert name == "cluster.world" or not found, f"mfdist.{name} calls {found}"

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from mfdist import lease
 from mfdist.errors import MfdistError
-from mfdist.lease import Lease
+from mfdist.run import lease
+from mfdist.run.lease import Lease
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def take(run, said=None):
 
 def test_a_second_job_is_refused_with_host_and_pid_and_the_lease_ends_with_the_job(tmp_path):
     with Lease(str(tmp_path), print):
-        child = f"from mfdist.lease import Lease\nLease({str(tmp_path)!r}, print).__enter__()"
+        child = f"from mfdist.run.lease import Lease\nLease({str(tmp_path)!r}, print).__enter__()"
         found = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
         assert f"in use by process {os.getpid()} on {socket.gethostname()}" in found.stderr
     assert not (tmp_path / "lease.json").exists()
@@ -43,7 +43,7 @@ def test_a_second_job_is_refused_with_host_and_pid_and_the_lease_ends_with_the_j
 
 
 def test_a_dead_process_of_this_host_is_followed_at_once(tmp_path):
-    child = f"from mfdist.lease import Lease\nimport os\nLease({str(tmp_path)!r}, print).__enter__()\nos._exit(9)"
+    child = f"from mfdist.run.lease import Lease\nimport os\nLease({str(tmp_path)!r}, print).__enter__()\nos._exit(9)"
     subprocess.run([sys.executable, "-c", child], check=False)
     assert (tmp_path / "lease.json").exists()
     said = []

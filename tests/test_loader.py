@@ -14,11 +14,11 @@ from datasets import make_dataset, sorted_rows, training_rows, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfdist import shuffle
-from mfdist.dataset import Dataset
+from mfdist.data import shuffle
+from mfdist.data.batch_order import lanes_of_rank
+from mfdist.data.dataset import Dataset
+from mfdist.data.loader import Batch, Loader, scan
 from mfdist.errors import DataError, UsageError
-from mfdist.loader import Batch, Loader, scan
-from mfdist.schedule import lanes_of_rank
 
 GOLDEN = Path(__file__).parent / "golden" / "batches.json"
 

@@ -21,12 +21,12 @@ import pytest
 from datasets import make_dataset, sorted_rows, training_rows, write_dataset
 from fsspec.implementations.memory import MemoryFileSystem
 
-from mfdist import loader as loader_module
-from mfdist import reading
-from mfdist.dataset import Dataset
+from mfdist.data import loader as loader_module
+from mfdist.data import row_groups
+from mfdist.data.dataset import Dataset
+from mfdist.data.loader import Loader, scan
+from mfdist.data.prefetch import Prefetcher
 from mfdist.errors import DataError
-from mfdist.loader import Loader, scan
-from mfdist.prefetch import Prefetcher
 
 RANGES = [(0, 100)]
 
@@ -151,7 +151,7 @@ def test_an_early_stop_and_an_error_leave_no_thread_and_no_file(tmp_path: Path) 
 def test_the_interpreter_ends_while_an_epoch_is_open(tmp_path: Path) -> None:
     make_dataset(tmp_path, 20_000, 4, row_group=500)
     program = (
-        "from mfdist.dataset import Dataset; from mfdist.loader import Loader\n"
+        "from mfdist.data.dataset import Dataset; from mfdist.data.loader import Loader\n"
         f"loader = Loader(Dataset.open({str(tmp_path)!r}), batch_size=16, seed=0, rank=0, world_size=1, threads=3)\n"
         "epoch = loader.epoch(0); print(next(epoch).step)\n"
         "import sys; sys.exit(7)"
@@ -281,7 +281,7 @@ def test_from_a_slow_failing_s3_server_come_the_same_batches(
 ) -> None:
     import s3fs
 
-    monkeypatch.setattr(reading, "UNIT_ROWS", 400)  # one request a row group, so that some fail
+    monkeypatch.setattr(row_groups, "UNIT_ROWS", 400)  # one request a row group, so that some fail
     local = make_dataset(tmp_path, 40_000, 4, row_group=400)
     s3fs.S3FileSystem.clear_instance_cache()
     store = fsspec.filesystem("s3")

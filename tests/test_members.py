@@ -10,9 +10,9 @@ from datasets import make_dataset, training_rows
 from ranks import run_ranks
 from test_train import config, curve, exported, train_all
 
-from mfdist.dataset import Dataset
+from mfdist.data.dataset import Dataset
 from mfdist.errors import UsageError
-from mfdist.train_config import TrainConfig, parse_row_l2
+from mfdist.training.config import TrainConfig, parse_row_l2
 
 LINEAR = {"no_sigmoid": True, "offset": "mean", "optimizer": "sgd", "weight_decay": 0.0, "reduction": "sum"}
 RECIPE = {**LINEAR, "members": 2, "emb_dim": 8, "init_std": 0.3, "lr": 0.02, "lr_schedule": "cosine", "batch_size": 64,
@@ -51,7 +51,7 @@ def test_the_kernels_equal_autograd(data, tmp_path, ranks):
 
 def test_equals_a_loop_of_single_ratings(data, tmp_path):
     """Batches of one rating: the update that the recipe's table of equations gives, written out."""
-    from mfdist.loader import Loader
+    from mfdist.data.loader import Loader
 
     c = config(data, tmp_path / "run", **{**RECIPE, "batch_size": 1, "epochs": 1, "lr_schedule": "constant"})
     (report,) = train_all(_world(), [c])
@@ -72,7 +72,7 @@ def test_equals_a_loop_of_single_ratings(data, tmp_path):
             q[i] += c.lr * to_q
             squares += e.mean() ** 2
     assert report["epochs"][0]["train_rmse"] == pytest.approx((squares / loader.num_rows) ** 0.5, rel=1e-4)
-    tables = exported(c.run)
+    tables = exported(c.run_dir)
     seen = n_u > 0
     np.testing.assert_allclose(tables["user_bias"][seen], p[seen][:, :, 1].mean(1), atol=1e-4)
     np.testing.assert_allclose(tables["user_embedding"][seen], p[seen].reshape(-1, 8) / 2**0.5, atol=1e-4)
@@ -80,7 +80,7 @@ def test_equals_a_loop_of_single_ratings(data, tmp_path):
 
 def test_bags_equal_a_loop_of_single_ratings(data, tmp_path):
     """A user's factors, and the bag of what the user rated, written out; an item's own share is no part of a score."""
-    from mfdist.loader import Loader
+    from mfdist.data.loader import Loader
 
     values = {**BAGS, "l2": (0.0, 0.0), "row_l2": None}
     c = config(data, tmp_path / "run", **{**values, "batch_size": 1, "epochs": 2, "lr_schedule": "constant"})
@@ -110,7 +110,7 @@ def test_bags_equal_a_loop_of_single_ratings(data, tmp_path):
             curve.append((squares / loader.num_rows) ** 0.5)
     assert [e["train_rmse"] for e in report["epochs"]] == pytest.approx(curve, rel=1e-4)
     seen = n > 0
-    found = exported(c.run)["user_embedding"][seen]
+    found = exported(c.run_dir)["user_embedding"][seen]
     np.testing.assert_allclose(found, (p + bag)[seen].reshape(-1, 8) / 2**0.5, atol=1e-4)
     assert np.abs(bag[seen]).max() > 0.01
 
@@ -128,8 +128,8 @@ def test_bags_survive_a_stop(data, tmp_path):
     (tmp_path / "halted" / "report.json").unlink()
     (again,) = train_all(_world(), [halted])
     np.testing.assert_array_equal(curve(again), curve(expected))
-    for name, tensor in exported(whole.run).items():
-        np.testing.assert_array_equal(exported(halted.run)[name], tensor)
+    for name, tensor in exported(whole.run_dir).items():
+        np.testing.assert_array_equal(exported(halted.run_dir)[name], tensor)
 
 
 def test_every_weight_of_bags_is_another_result(data, tmp_path):
@@ -148,7 +148,7 @@ def test_bags_need_plain_sgd(values):
 def test_the_export_alone_gives_the_validation_error(data, tmp_path, values):
     c = config(data, tmp_path / "run", **values)
     (report,) = train_all(_world(), [c])
-    tables, rows = exported(c.run), training_rows(Dataset.open(data), "val")
+    tables, rows = exported(c.run_dir), training_rows(Dataset.open(data), "val")
     user, item = rows[:, 0].astype(int), rows[:, 1].astype(int)
     found = (tables["user_embedding"][user] * tables["item_embedding"][item]).sum(1)
     found += tables["user_bias"][user] + tables["item_bias"][item] + tables["offset"][0]
@@ -158,7 +158,7 @@ def test_the_export_alone_gives_the_validation_error(data, tmp_path, values):
 def test_init_from_goes_on_with_all_members(data, tmp_path):
     first = config(data, tmp_path / "first", **RECIPE)
     (before,) = train_all(_world(), [first])
-    still = {**RECIPE, "lr": 1e-12, "init_from": first.run, "epochs": 1}
+    still = {**RECIPE, "lr": 1e-12, "init_from": first.run_dir, "epochs": 1}
     (after,) = train_all(_world(), [config(data, tmp_path / "second", **still)])
     assert after["final"]["val_rmse"] == pytest.approx(before["final"]["val_rmse"], rel=1e-5)
     with pytest.raises(UsageError, match="--members"):
@@ -190,6 +190,6 @@ def test_row_l2_is_two_four_or_six_numbers():
 
 
 def _world():
-    from mfdist.distributed import World
+    from mfdist.cluster.world import World
 
     return World.alone()

@@ -17,13 +17,13 @@ import torch
 from datasets import make_dataset
 from ranks import run_ranks
 
-from mfdist import calibration, plan
-from mfdist.calibration import Trial
-from mfdist.dataset import Dataset
-from mfdist.distributed import World
-from mfdist.embedding import ReplicatedTable, ShardedTable, item_layout, user_layout
+from mfdist.cluster.world import World
+from mfdist.data.dataset import Dataset
+from mfdist.data.loader import Loader
 from mfdist.errors import MfdistError, UsageError
-from mfdist.loader import Loader
+from mfdist.model.tables import ReplicatedTable, ShardedTable, item_layout, user_layout
+from mfdist.planning import calibration, plan
+from mfdist.planning.calibration import Trial
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def planned(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 def test_the_job_prints_a_column_for_each_number_of_ranks_and_what_it_measured(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["--data", dataset.path, "--batch-size", "256", "--run", str(tmp_path / "run"), "--ranks-per-host", "2"]
+    flags = ["--data", dataset.path, "--batch-size", "256", "--run-dir", str(tmp_path / "run"), "--ranks-per-host", "2"]
     lines = planned(capsys, monkeypatch, *flags, "--ranks", "1,2,5")
     assert lines[0].split() == ["ranks", "1", "2", "5"] and lines[1].split() == ["hosts", "1", "1", "3"]
     assert next(line for line in lines if line.startswith("an epoch")).count(" s") == 3
@@ -183,10 +183,10 @@ def test_more_ranks_than_lanes_and_no_data_are_refused(dataset: Dataset) -> None
 
 
 def test_checkpoint_bytes(dataset: Dataset, tmp_path: Path) -> None:
-    from mfdist.train import train
+    from mfdist.training.train import train
 
     run = tmp_path / "run"
-    config = config_of(dataset, epochs=1, run=str(run), device="cpu", keep=1)
+    config = config_of(dataset, epochs=1, run_dir=str(run), device="cpu", keep=1)
     with World.open("cpu") as world:
         train(config, world)
     files = [path for path in run.glob("checkpoints/*/*") if path.suffix == ".distcp"]
@@ -222,8 +222,8 @@ def run_job(name: str, *flags: str, launch: tuple[str, ...] = ()) -> float:
 def test_memory_within_15_and_time_within_30_percent_of_a_training(twin: str, tmp_path: Path, ranks: int) -> None:
     """For a machine that does nothing else: plan, train, compare."""
     run = tmp_path / "run"
-    flags = ["--data", twin, "--run", str(run), "--epochs", EPOCHS, "--device", "cpu"]
-    config = plan.PlanConfig(data=twin, run=str(run), epochs=int(EPOCHS), ranks=(ranks,))
+    flags = ["--data", twin, "--run-dir", str(run), "--epochs", EPOCHS, "--device", "cpu"]
+    config = plan.PlanConfig(data=twin, run_dir=str(run), epochs=int(EPOCHS), ranks=(ranks,))
     began = time.monotonic()
     (made,) = plan.plan(config)
     planning = time.monotonic() - began

@@ -29,17 +29,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from mfdist import ids, lanes, prepare_frame, readers
-from mfdist.amend import commit
+from mfdist import prepare_frame
+from mfdist.cluster.world import World
 from mfdist.config import parse_config
-from mfdist.dataset import Dataset, verify
-from mfdist.distributed import World
+from mfdist.data.dataset import Dataset, verify
 from mfdist.errors import DataError, UsageError, exit_code_of
-from mfdist.lanes import BLOCK_ROWS
 from mfdist.log import Console
-from mfdist.prepare import PrepareConfig, prepare
-from mfdist.train import train
-from mfdist.train_config import TrainConfig
+from mfdist.prepare import ids, lanes, readers
+from mfdist.prepare.lanes import BLOCK_ROWS
+from mfdist.prepare.prepare import PrepareConfig, prepare
+from mfdist.prepare.replace import commit
+from mfdist.training.config import TrainConfig
+from mfdist.training.train import train
 
 Row = tuple[Any, ...]
 
@@ -47,10 +48,10 @@ Row = tuple[Any, ...]
 @pytest.fixture(autouse=True)
 def bare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests draw no figures: they would take most of the time. The real pieces do."""
-    from mfdist import append, assemble
+    from mfdist.prepare import append, write_pass
 
     if "real" not in request.node.name:
-        for module in (append, assemble):
+        for module in (append, write_pass):
             monkeypatch.setattr(module, "write_dataset_report", lambda *_: None)
 
 
@@ -189,14 +190,14 @@ def test_order_files_and_chunks_do_not_matter(
 def test_spilling_gives_the_same_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_csv(tmp_path / "all.csv", sample(n=6000, users=900))
     one = run(source, "--out", tmp_path / "one", "--lanes", 7)
-    from mfdist import assemble, ingest
-    from mfdist.spill import IdSpill, RowSpill
+    from mfdist.prepare import read_pass, write_pass
+    from mfdist.prepare.spill import IdSpill, RowSpill
 
     monkeypatch.setattr(readers, "CHUNK_BYTES", 3000)
-    monkeypatch.setattr(ingest, "RowSpill", lambda folder, _: RowSpill(folder, 20_000))
-    monkeypatch.setattr(ingest, "IdSpill", lambda folder, name, _: IdSpill(folder, name, 2_000))
-    monkeypatch.setattr(ingest, "SeenIds", lambda _: ids.SeenIds(64))
-    monkeypatch.setattr(assemble, "group_bounds", lambda *_: [(k, k + 64) for k in range(0, 4096, 64)])
+    monkeypatch.setattr(read_pass, "RowSpill", lambda folder, _: RowSpill(folder, 20_000))
+    monkeypatch.setattr(read_pass, "IdSpill", lambda folder, name, _: IdSpill(folder, name, 2_000))
+    monkeypatch.setattr(read_pass, "SeenIds", lambda _: ids.SeenIds(64))
+    monkeypatch.setattr(write_pass, "group_bounds", lambda *_: [(k, k + 64) for k in range(0, 4096, 64)])
     two = run(source, "--out", tmp_path / "two", "--lanes", 7)
     assert files_of(one) == files_of(two)
 
@@ -376,9 +377,9 @@ def test_wide_rows_and_tiny_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tiny = run(write_csv(tmp_path / "a.csv", rows), "--out", tmp_path / "d")
     check_whole(tiny)
     assert len(tiny.manifest.lanes) == 64 and rows_of(tiny) == sorted(rows)
-    from mfdist import counting
+    from mfdist.prepare import count_pass
 
-    monkeypatch.setattr(counting, "INT32_ROWS", 5)
+    monkeypatch.setattr(count_pass, "INT32_ROWS", 5)
     wide = run(tmp_path / "a.csv", "--out", tmp_path / "w", "--lanes", 2)
     assert pq.read_schema(tmp_path / "w" / "train" / "lane-00000.parquet").field("user").type == pa.int64()
     assert rows_of(wide) == sorted(rows)
@@ -426,7 +427,7 @@ def test_append_and_compact(tmp_path: Path) -> None:
 
 
 def test_an_append_that_was_killed_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mfdist import append
+    from mfdist.prepare import append
 
     rows = sample(n=1000)
     run(write_csv(tmp_path / "a.csv", rows[:700]), "--out", tmp_path / "d", "--lanes", 2)
@@ -540,7 +541,7 @@ def test_fuzzed_json_lines_long(records: list[str]) -> None:
 @given(TABLES)
 @settings(max_examples=100, deadline=None)
 def test_well_formed_csv_is_read_as_pythons_csv_reads_it(table: list[list[str]]) -> None:
-    from mfdist import text_rows
+    from mfdist.prepare import delimited_text
 
     rows = [[*(f.replace("\r", "") for f in fields), *["x"] * 3][:3] for fields in table]
     stream = io.StringIO(newline="")
@@ -550,7 +551,7 @@ def test_well_formed_csv_is_read_as_pythons_csv_reads_it(table: list[list[str]])
     begin, end, line, when = (np.empty(n, np.int64) for _ in range(4))
     start, length = np.zeros((4, n), np.int64), np.zeros((4, n), np.int64)
     extra = np.empty(n, np.uint8)
-    count, lines, used = text_rows.scan_delimited(
+    count, lines, used = delimited_text.scan_delimited(
         content, content.size, 44, 0, True, 3, np.array([0, 1, 2, -1]), begin, end, line, start, length,
         np.zeros(n), when, np.zeros(n, np.uint8), extra,
     )  # fmt: skip
@@ -663,7 +664,7 @@ def test_training_goes_on_with_an_appended_dataset(tmp_path: Path) -> None:
 
 def trained(folder: Path, name: str, **settings: Any) -> dict[str, dict[str, np.ndarray]]:
     """Train on ``folder``/d; the exported row, bias last, of every user and item id."""
-    config = TrainConfig(data=str(folder / "d"), run=str(folder / name), emb_dim=4, batch_size=512, device="cpu",
+    config = TrainConfig(data=str(folder / "d"), run_dir=str(folder / name), emb_dim=4, batch_size=512, device="cpu",
                          **{"lr": 0.01, **settings})  # fmt: skip
     train(config, World.alone(), Console(speaks=False))
     tensors = load_file(folder / name / "model/model.safetensors")

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from mfdist import sources, storage
+from mfdist import storage
 from mfdist.config import parse_config
-from mfdist.dataset import Dataset, verify
+from mfdist.data.dataset import Dataset, verify
 from mfdist.errors import DataError
-from mfdist.prepare import PrepareConfig, prepare
+from mfdist.prepare import sources
+from mfdist.prepare.prepare import PrepareConfig, prepare
 
 
 def run(*argv: Any) -> Dataset:

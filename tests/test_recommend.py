@@ -13,11 +13,11 @@ from ranks import run_ranks
 from test_evaluate import job, write_run
 from test_export import PLAIN
 
-from mfdist.dataset import Dataset
-from mfdist.distributed import World
+from mfdist.cluster.world import World
+from mfdist.data.dataset import Dataset
 from mfdist.errors import UsageError
-from mfdist.export import ExportedModel
-from mfdist.recommend import RecommendConfig, _share, recommend
+from mfdist.results.export import ExportedModel
+from mfdist.results.recommend import RecommendConfig, _share, recommend
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def lines_of(path):
 @pytest.mark.parametrize("exclude_seen", [False, True])
 def test_the_job_writes_the_best_items_by_user_and_rank(tmp_path, dataset, run, exclude_seen, capsys):
     out = str(tmp_path / "out.parquet")
-    flags = ["--run", run, "--out", out, "--top-k", "7", "--device", "cpu"]
+    flags = ["--run-dir", run, "--out", out, "--top-k", "7", "--device", "cpu"]
     assert job("recommend").main(flags + ["--exclude-seen"] * exclude_seen) == 0
     assert lines_of(out) == expected(run, dataset, range(150), 7, exclude_seen)
     assert "150 users" in capsys.readouterr().out
@@ -62,14 +62,16 @@ def test_the_job_writes_the_best_items_by_user_and_rank(tmp_path, dataset, run, 
 
 def test_scores_are_predicted_ratings(tmp_path, run):
     out = str(tmp_path / "out.parquet")
-    recommend(RecommendConfig(run=run, out=out), World.alone(), None)
+    recommend(RecommendConfig(run_dir=run, out=out), World.alone(), None)
     model, table = ExportedModel.open(run), pq.read_table(out)
     pairs = [np.array([int(name[1:]) for name in table[side].to_pylist()]) for side in ("user_id", "item_id")]
     np.testing.assert_allclose(table["score"].to_numpy(), model.predict(*pairs), atol=1e-5)
 
 
 def on_ranks(world, run, data, *outs):
-    return [recommend(RecommendConfig(run=run, out=out, exclude_seen=True), world, Dataset.open(data)) for out in outs]
+    return [
+        recommend(RecommendConfig(run_dir=run, out=out, exclude_seen=True), world, Dataset.open(data)) for out in outs
+    ]
 
 
 def test_three_ranks_write_what_one_writes(tmp_path, dataset, run):
@@ -94,7 +96,7 @@ def test_an_appended_lane_keeps_the_order(tmp_path, dataset, run, monkeypatch):
     changed = Dataset.open(dataset.path)
     changed.manifest = manifest
     out = str(tmp_path / "out.parquet")
-    recommend(RecommendConfig(run=run, out=out, top_k=4, exclude_seen=True), World.alone(), changed)
+    recommend(RecommendConfig(run_dir=run, out=out, top_k=4, exclude_seen=True), World.alone(), changed)
     assert lines_of(out) == expected(run, dataset, range(150), 4, True)
 
 
@@ -106,7 +108,7 @@ def test_a_file_of_users(tmp_path, dataset, run, form):
     else:
         pq.write_table(pa.table({"other": [1, 2, 3, 4], "user_id": names}), tmp_path / "users")
     out = str(tmp_path / "out.parquet")
-    config = RecommendConfig(run=run, out=out, users=str(tmp_path / "users"), top_k=5)
+    config = RecommendConfig(run_dir=run, out=out, users=str(tmp_path / "users"), top_k=5)
     assert recommend(config, World.alone(), None) == 3
     found = lines_of(out)
     assert found[:10] == expected(run, dataset, [3, 77], 5, False)
@@ -117,7 +119,9 @@ def test_a_file_of_users(tmp_path, dataset, run, form):
 def test_strangers_are_refused_by_a_model_without_biases(tmp_path, dataset):
     write_run(tmp_path / "mf", dataset, PLAIN)
     (tmp_path / "users").write_text("u1\nstranger\n")
-    config = RecommendConfig(run=str(tmp_path / "mf"), out=str(tmp_path / "o.parquet"), users=str(tmp_path / "users"))
+    config = RecommendConfig(
+        run_dir=str(tmp_path / "mf"), out=str(tmp_path / "o.parquet"), users=str(tmp_path / "users")
+    )
     with pytest.raises(UsageError, match="'stranger'"):
         recommend(config, World.alone(), None)
     assert not (tmp_path / "o.parquet").exists()
@@ -130,28 +134,28 @@ def test_strangers_are_refused_by_a_model_without_biases(tmp_path, dataset):
 def test_bad_user_files_are_explained(tmp_path, run, content, words):
     if content is not None:
         (tmp_path / "users").write_bytes(content)
-    config = RecommendConfig(run=run, out=str(tmp_path / "out.parquet"), users=str(tmp_path / "users"))
+    config = RecommendConfig(run_dir=run, out=str(tmp_path / "out.parquet"), users=str(tmp_path / "users"))
     with pytest.raises(UsageError, match=words):
         recommend(config, World.alone(), None)
 
 
 def test_seen_items_of_another_dataset_are_refused(tmp_path, run):
     other = make_dataset(tmp_path / "other", rows=100, lanes=2, seed=3)
-    flags = ["--run", run, "--out", str(tmp_path / "o.parquet"), "--exclude-seen", "--data", other.path]
+    flags = ["--run-dir", run, "--out", str(tmp_path / "o.parquet"), "--exclude-seen", "--data", other.path]
     with pytest.raises(UsageError, match="was not trained on"):
         job("recommend").main([*flags, "--device", "cpu"])
 
 
-@pytest.mark.parametrize("flag", ["run", "out"])
+@pytest.mark.parametrize("flag", ["run_dir", "out"])
 def test_required_flags(flag):
     with pytest.raises(UsageError, match=f"--{flag}"):
-        RecommendConfig(**({"run": "r", "out": "o"} | {flag: ""}))
+        RecommendConfig(**({"run_dir": "r", "out": "o"} | {flag: ""}))
 
 
 def test_a_failing_rank_leaves_nothing(tmp_path, run, monkeypatch):
-    monkeypatch.setattr("mfdist.recommend.top_items", lambda *_: (_ for _ in ()).throw(OSError("broken")))
+    monkeypatch.setattr("mfdist.results.recommend.top_items", lambda *_: (_ for _ in ()).throw(OSError("broken")))
     with pytest.raises(OSError, match="broken"):
-        recommend(RecommendConfig(run=run, out=str(tmp_path / "out.parquet")), World.alone(), None)
+        recommend(RecommendConfig(run_dir=run, out=str(tmp_path / "out.parquet")), World.alone(), None)
     assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]
 
 

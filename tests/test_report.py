@@ -10,9 +10,9 @@ import pytest
 from datasets import make_dataset
 from test_export import export
 
-from mfdist import report as reporting
 from mfdist import storage
 from mfdist.metrics import SliceSums
+from mfdist.results import report as reporting
 
 HEADLINE = {"val_rmse": 1.3, "val_mae": 1.0, "val_rmse_rounded": 1.35, "val_mae_rounded": 0.95,
             "val_rmse_clipped": 1.29, "val_mae_clipped": 0.99}  # fmt: skip

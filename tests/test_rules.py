@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mfdist.kernels import cpu, packed
 from mfdist.kernels.rules import gauss_rules
-from mfdist.optim import RowOptimizer
+from mfdist.model.optimizers import RowOptimizer
 
 
 def replay(w, m, v, first, last, optimizer):

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfdist import schedule
+from mfdist.data import batch_order
+from mfdist.data.batch_order import BatchOrder, lanes_of_rank
 from mfdist.errors import UsageError
-from mfdist.schedule import BatchOrder, lanes_of_rank
 
 LARGEST = (1 << 31) - 1
 LANES = st.lists(st.one_of(st.integers(0, 40), st.sampled_from([0, 1, 1, 97])), min_size=1, max_size=9)
@@ -25,7 +25,7 @@ def sequence(lane_rows: list[int]) -> list[int]:
 
 
 def test_worked_example_of_the_docstring() -> None:
-    assert doctest.testmod(schedule).failed == 0
+    assert doctest.testmod(batch_order).failed == 0
 
 
 @settings(max_examples=150, deadline=None)

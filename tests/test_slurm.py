@@ -53,7 +53,7 @@ def test_only_75_is_requeued_and_that_not_for_ever(tmp_path: Path, code: int, re
     assert result.returncode == code
     assert ("scontrol requeue 12" in calls) == requeued
     assert "--nnodes=3" in calls and f"--rdzv-id=12-{restarts}" in calls and "--rdzv-endpoint=node7:20012" in calls
-    assert calls.rstrip().split("\n")[1].endswith(f"jobs/train.py --run {tmp_path}/run --data d")
+    assert calls.rstrip().split("\n")[1].endswith(f"jobs/train.py --run-dir {tmp_path}/run --data d")
 
 
 def test_without_the_head_node_nothing_starts(tmp_path: Path) -> None:

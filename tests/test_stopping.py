@@ -9,13 +9,13 @@ import time
 import pytest
 from datasets import make_dataset
 
-from mfdist import checkpoint
-from mfdist.distributed import World
+from mfdist.cluster.world import World
 from mfdist.errors import StopRequested, exit_code_of, redact
 from mfdist.log import Console
-from mfdist.stopping import DEADLINE_MARGIN_SECONDS, StopWatch
-from mfdist.train import train
-from mfdist.train_config import TrainConfig
+from mfdist.run import checkpoint
+from mfdist.training.config import TrainConfig
+from mfdist.training.stopping import DEADLINE_MARGIN_SECONDS, StopWatch
+from mfdist.training.train import train
 
 QUIET = Console(speaks=False)
 
@@ -28,7 +28,7 @@ def data(tmp_path_factory):
 
 
 def config(data, run, **values):
-    return TrainConfig(data=data, run=str(run), batch_size=100, epochs=2, emb_dim=8, device="cpu", **values)
+    return TrainConfig(data=data, run_dir=str(run), batch_size=100, epochs=2, emb_dim=8, device="cpu", **values)
 
 
 def deadline_flags(monkeypatch, kind):
@@ -92,7 +92,7 @@ def test_a_disk_that_becomes_read_only_is_a_sentence_and_the_checkpoints_stand(d
         assert exit_code_of(lambda: 0 if train(c, World.alone(), QUIET) else 1) == 1
         assert "cannot be written (Read-only file system)" in capsys.readouterr().err
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-        assert 12 in checkpoint.committed_steps(c.run)
+        assert 12 in checkpoint.committed_steps(c.run_dir)
         again = train(c, World.alone(), QUIET)
         assert [e["train_rmse"] for e in again["epochs"]] == [e["train_rmse"] for e in whole["epochs"]]
     finally:

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfdist import planted, synthesize, twin
 from mfdist.config import parse_config
-from mfdist.degrees import degree_classes
 from mfdist.errors import UsageError
-from mfdist.planted import Planted
-from mfdist.synthesize import SynthesizeConfig, histogram_for, read_truth
+from mfdist.synthetic import planted, presets, synthesize
+from mfdist.synthetic.degrees import degree_classes
+from mfdist.synthetic.planted import Planted
+from mfdist.synthetic.synthesize import SynthesizeConfig, histogram_for, read_truth
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 import synthesize as job  # jobs are programs, not a package
@@ -84,7 +84,7 @@ def test_every_format_holds_the_same_rows(tmp_path: Path) -> None:
 
 def test_noise_floor_is_what_the_truth_reaches() -> None:
     """A predictor that knows score and thresholds has the stated errors on the drawn stars; a blunted one has more."""
-    preset = twin.BUILTIN
+    preset = presets.BUILTIN
     classes = [degree_classes(curve, curve.num_ids_for(100_000), 100_000) for curve in (preset.users, preset.items)]
     source = Planted(*classes, preset.effects, seed=3)
     rows = [source.rows(piece) for piece in source.pieces(1 << 15)]
@@ -115,9 +115,11 @@ def test_planted_structure_is_low_rank() -> None:
 
 
 @settings(deadline=None, max_examples=25)
-@given(rows=st.integers(1, 5000), ids=st.floats(0, 1), name=st.sampled_from(sorted(twin.PRESETS)), side=st.booleans())
+@given(
+    rows=st.integers(1, 5000), ids=st.floats(0, 1), name=st.sampled_from(sorted(presets.PRESETS)), side=st.booleans()
+)
 def test_degrees_sum_exactly(rows: int, ids: float, name: str, side: bool) -> None:
-    preset = twin.PRESETS[name]
+    preset = presets.PRESETS[name]
     count = max(1, round(rows * ids))
     classes = degree_classes(preset.users if side else preset.items, count, rows)
     assert classes.counts.sum() == count and classes.counts @ classes.degrees == rows
@@ -132,12 +134,12 @@ def test_places_are_a_bijection(count: int, key: int) -> None:
 
 
 @settings(deadline=None, max_examples=15)
-@given(rows=st.integers(1, 400), seed=st.integers(0, 2**63 - 1), name=st.sampled_from(sorted(twin.PRESETS)))
+@given(rows=st.integers(1, 400), seed=st.integers(0, 2**63 - 1), name=st.sampled_from(sorted(presets.PRESETS)))
 def test_any_size_can_be_made(tmp_path_factory: pytest.TempPathFactory, rows: int, seed: int, name: str) -> None:
     path = tmp_path_factory.mktemp("any") / "a.parquet"
     frame, truth = make(path, rows=rows, seed=seed, preset=name)
     assert frame.height == rows == sum(count for _, count in truth.rating_histogram)
-    assert [count for _, count in truth.rating_histogram] == histogram_for(twin.PRESETS[name], rows).tolist()
+    assert [count for _, count in truth.rating_histogram] == histogram_for(presets.PRESETS[name], rows).tolist()
 
 
 def test_given_users_and_items(tmp_path: Path) -> None:

@@ -13,19 +13,19 @@ from datasets import make_dataset, training_rows, write_dataset
 from ranks import run_ranks
 from safetensors.numpy import load_file
 
-from mfdist import checkpoint
+from mfdist.cluster.world import World
 from mfdist.config import parse_config
-from mfdist.dataset import Dataset
-from mfdist.distributed import World
+from mfdist.data.dataset import Dataset
+from mfdist.data.loader import Loader
 from mfdist.errors import DataError, DivergedError, StopRequested, UsageError
-from mfdist.loader import Loader
 from mfdist.log import Console
 from mfdist.metrics import round_to_scale
-from mfdist.model import ITEM_TABLE, USER_TABLE, sigmoid_range
-from mfdist.train import train
-from mfdist.train_config import TrainConfig
+from mfdist.model.models import ITEM_TABLE, USER_TABLE, sigmoid_range
+from mfdist.run import checkpoint
+from mfdist.training.config import TrainConfig
+from mfdist.training.train import train
 
-CONFIGS = Path(__file__).parents[1] / "jobs/configs"
+CONFIGS = Path(__file__).parents[1] / "mfdist/configs"
 QUIET = Console(speaks=False)
 VIGNETTE = {
     "mf": {"model": "mf", "lr": 0.002},
@@ -61,12 +61,12 @@ def planted(tmp_path_factory):
 
 def config(data, run, **values):
     small = {"batch_size": 256, "epochs": 2, "emb_dim": 8, "device": "cpu"}
-    return TrainConfig(data=data, run=str(run), **{**small, **values})
+    return TrainConfig(data=data, run_dir=str(run), **{**small, **values})
 
 
 def of_file(name, data, run, epochs):
     """One of the ready configurations."""
-    flags = ["--config", str(CONFIGS / f"{name}.toml"), "--data", data, "--run", str(run), "--epochs", str(epochs)]
+    flags = ["--config", str(CONFIGS / f"{name}.toml"), "--data", data, "--run-dir", str(run), "--epochs", str(epochs)]
     return parse_config(TrainConfig, flags, "train")
 
 
@@ -135,7 +135,7 @@ def test_equals_a_plain_torch_loop(data, tmp_path, ranks):
     ]
     reports = run_ranks(ranks, train_all, configs)[0]
     for c, report in zip(configs, reports, strict=True):
-        np.testing.assert_allclose(curve(report)[:, 0], plain_train_rmse(c), rtol=2e-6, err_msg=c.run)
+        np.testing.assert_allclose(curve(report)[:, 0], plain_train_rmse(c), rtol=2e-6, err_msg=c.run_dir)
 
 
 def test_world_size_is_not_a_hyper_parameter(data, tmp_path):
@@ -149,9 +149,9 @@ def test_world_size_is_not_a_hyper_parameter(data, tmp_path):
     for ranks in (2, 3):
         for one, many, c in zip(base, run_ranks(ranks, train_all, configs(ranks))[0], configs(ranks), strict=True):
             np.testing.assert_allclose(curve(many), curve(one), atol=1e-5)
-            for name, tensor in exported(c.run).items():
-                want = exported(c.run.replace(f"{ranks}-", "1-"))[name].astype("f8")
-                assert np.linalg.norm(tensor - want) <= 1e-5 * np.linalg.norm(want), (c.run, name)
+            for name, tensor in exported(c.run_dir).items():
+                want = exported(c.run_dir.replace(f"{ranks}-", "1-"))[name].astype("f8")
+                assert np.linalg.norm(tensor - want) <= 1e-5 * np.linalg.norm(want), (c.run_dir, name)
 
 
 OPTIMIZER_CASES = {
@@ -192,9 +192,9 @@ def stop_once(c, world):
     """Run into the STOP file, then again to the end."""
     from pathlib import Path
 
-    Path(c.run).mkdir(exist_ok=True)
+    Path(c.run_dir).mkdir(exist_ok=True)
     if world.is_main:
-        (Path(c.run) / "STOP").touch()
+        (Path(c.run_dir) / "STOP").touch()
     world.barrier()
     with pytest.raises(StopRequested):
         train(c, world, QUIET)

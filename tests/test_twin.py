@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from mfdist.synthesize import SynthesizeConfig, Truth, histogram_for, synthesize
-from mfdist.twin import ELECTRONICS
+from mfdist.synthetic.presets import ELECTRONICS
+from mfdist.synthetic.synthesize import SynthesizeConfig, Truth, histogram_for, synthesize
 
 FIRST, LAST = 912_729_600, 1_405_987_200
 

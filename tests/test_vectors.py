@@ -10,9 +10,9 @@ from numba import njit
 from ranks import run_ranks
 from test_train import config, exported, train_all
 
-from mfdist import fused
 from mfdist.kernels import columns
 from mfdist.kernels.vectors import LANES, ONE, SIXTEEN, fma, load, root, spread, store, total
+from mfdist.model import cpu_step
 
 WIDTH = 37  # two vectors and five columns
 A, B, C = np.random.default_rng(7).uniform(0.5, 2, (3, WIDTH)).astype(np.float32)
@@ -69,7 +69,7 @@ def test_kernels_of_a_constant_shape_give_the_same_bits(tmp_path, monkeypatch):
     make_dataset(data, rows=1500, lanes=7, val_rows=200, users=150, items=60, row_group=64)
     models = []
     for name, least in (("general", 1_000_000), ("own", 0)):
-        monkeypatch.setattr(fused, "OWN_KERNELS_RATINGS", least)
+        monkeypatch.setattr(cpu_step, "OWN_KERNELS_RATINGS", least)
         run = tmp_path / name
         run_ranks(1, train_all, [config(data, run, emb_dim=20, batch_size=128, epochs=2)])
         models.append(exported(run))

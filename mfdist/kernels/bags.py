@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from mfdist.kernels import BIAS_COLUMN
 from mfdist.kernels.columns import add_times, copy
 from mfdist.kernels.machine import inlined
-from mfdist.objective import BIAS_COLUMN
 
 
 @inlined

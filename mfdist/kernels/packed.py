@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mfdist.kernels import stride_of
+from mfdist.kernels import BIAS_COLUMN, stride_of
 from mfdist.kernels.columns import copy, full, row_buffer
 from mfdist.kernels.machine import inlined
 from mfdist.kernels.rules import NODES, SHORT_GAP, AdamRules
 from mfdist.kernels.vectors import LANES, ONE, SIXTEEN, fma, load, root, spread, store, total
-from mfdist.objective import BIAS_COLUMN
 
 ADAMW, SPARSE_ADAM, ROWWISE_ADAGRAD, SGD = range(4)
 KINDS = {"adamw": ADAMW, "sparse_adam": SPARSE_ADAM, "rowwise_adagrad": ROWWISE_ADAGRAD, "sgd": SGD}
@@ -37,7 +36,7 @@ def shape_of(dim: int, bias: bool, members: int, kind: int) -> tuple[int, int, i
     """(factors of a member, width, stride, kind, members, user's bias, item's bias) of a model under an optimizer.
 
     ``kind``: of :data:`KINDS`. The last two: the member's first column that is added to the score as a bias, -1 where
-    there is none (``objective.BIAS_COLUMN`` where members hold them inside).
+    there is none (``kernels.BIAS_COLUMN`` where members hold them inside).
     """
     width = dim + int(bias and not members)
     state = {ADAMW: 2 * width, SPARSE_ADAM: 2 * width, ROWWISE_ADAGRAD: 1, SGD: 0}[kind]

@@ -1,0 +1,58 @@
+"""The program ``mfdist JOB [flags]``, also ``python -m mfdist JOB``: the same code as ``jobs/JOB.py``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from mfdist import __version__
+from mfdist.errors import UsageError, exit_code_of
+
+JOBS = {
+    "prepare": "make a dataset directory of raw ratings",
+    "train": "train a model on a prepared dataset",
+    "baseline": "Surprise's SVD on the same split, to compare with",
+    "evaluate": "one table of several runs on their validation rows",
+    "recommend": "the best items of users",
+    "plan": "what a training will take, before it is submitted",
+    "checkpoint": "list, verify and prune the checkpoints of a run",
+    "synthesize": "make synthetic ratings with a known answer",
+}
+LAUNCH = "launch"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a job by its name and return its exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else UsageError.exit_code
+    name, *rest = words
+    if name == "--version":
+        print(f"mfdist {__version__}")
+        return 0
+    if name == LAUNCH:
+        from mfdist.cluster import launch
+
+        return exit_code_of(lambda: launch.main(rest))
+    if name not in JOBS:
+        return exit_code_of(lambda: _unknown(name))
+    sys.argv = [f"mfdist {name}", *rest]
+    code: int = importlib.import_module(f"mfdist.jobs.{name}").job()
+    return code
+
+
+def usage() -> str:
+    """The jobs, a line each."""
+    jobs = {**JOBS, LAUNCH: "run a job in several processes: mfdist launch --nproc-per-node=4 train [flags]"}
+    lines = [f"  {name:<11} {text}" for name, text in jobs.items()]
+    return "\n".join(["usage: mfdist JOB [flags]", "", *lines, "", "mfdist JOB --help shows the flags of a job."])
+
+
+def _unknown(name: str) -> int:
+    raise UsageError(f"there is no job '{name}'; known are {', '.join([*JOBS, LAUNCH])}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

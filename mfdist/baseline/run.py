@@ -1,0 +1,132 @@
+"""The baseline as a run: fit Surprise's SVD, measure it on the validation rows, report and export it as train does."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from mfdist import storage
+from mfdist.baseline import svd
+from mfdist.baseline.svd import FittedSVD
+from mfdist.cluster.world import World
+from mfdist.config import flag, parse_bytes, to_dict, to_toml
+from mfdist.data.dataset import Dataset
+from mfdist.data.loader import available_bytes
+from mfdist.errors import UsageError
+from mfdist.log import Console, MetricsLog
+from mfdist.metrics import SliceSums
+from mfdist.results import report
+from mfdist.results.evaluate import floors
+from mfdist.results.export import write_model
+
+JOB = "baseline_svd"
+CHECKED_ROWS = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineConfig:
+    """The flags of jobs/baseline_svd.py; the defaults are those of Surprise's SVD."""
+
+    data: str = flag("data/builtin", "dataset directory")
+    run_dir: str = flag("runs/svd", "run directory to write; an earlier baseline in it is replaced")
+    factors: int = flag(100, "number of factors", at_least=1)
+    epochs: int = flag(20, "passes over the training ratings", at_least=1)
+    seed: int = flag(42, "seed of the factors' initial values", at_least=0, at_most=2**32 - 1)
+    max_memory: int | None = flag(None, "memory that may be used, such as 8GiB; not set: what is free",
+                                  parse=parse_bytes)  # fmt: skip
+    sample_users: float = flag(1.0, "fraction of the users, the same in every run, whose ratings are used",
+                               above=0, at_most=1)  # fmt: skip
+
+
+def run_baseline(config: BaselineConfig, console: Console | None = None) -> dict[str, Any]:
+    """Fit, measure, write RUN; returns report.json's table. UsageError where memory is short, before any work."""
+    console = console or Console()
+    began = time.monotonic()
+    dataset = Dataset.open(config.data)
+    dataset.check_files()
+    _check_run(config.run_dir)
+    limit = available_bytes() if config.max_memory is None else config.max_memory
+    needed = svd.check_memory(dataset, config.factors, config.sample_users, limit)
+    work = round(dataset.manifest.num_ratings["train"] * config.sample_users) * config.epochs
+    seconds = work * (20 + config.factors) / 120 / svd.RATINGS_PER_SECOND
+    console.info(f"Surprise's SVD needs about {needed / 1e9:.2f} GB and {seconds:.0f} s")
+    storage.remove(storage.join(config.run_dir, "report.json"))
+    storage.write_text(storage.join(config.run_dir, "config.toml"), to_toml(config))
+    with console.progress("SVD", work) as progress:
+        fitted = svd.fit(
+            dataset, factors=config.factors, epochs=config.epochs, seed=config.seed, sample=config.sample_users,
+            advance=progress.advance,
+        )  # fmt: skip
+    fit_end = time.monotonic()
+    sums, worst = _measure(fitted, dataset, config.sample_users)
+    console.info(f"predictions equal svd.test to {worst:.0e} on the first {CHECKED_ROWS} validation rows")
+    epochs = _epochs(fitted, fit_end, sums.summary()["headline"])
+    table = _report(config, dataset, epochs, sums, began)
+    write_model(config.run_dir, fitted.tensors(), _model_config(config), dataset)
+    log = MetricsLog(storage.join(config.run_dir, "metrics.jsonl"))
+    for entry in epochs:
+        log.write("epoch", **entry)
+    log.write("done", wall_seconds=table["wall_seconds"])
+    log.publish()
+    report.write_report(config.run_dir, table)
+    return table
+
+
+def _check_run(run: str) -> None:
+    """A baseline never overwrites a training's run."""
+    if storage.exists(storage.join(run, "checkpoints")):
+        raise UsageError(f"--run-dir {storage.redact(run)} is a run of train; name another directory for the baseline.")
+    path = storage.join(run, "report.json")
+    if storage.exists(path) and json.loads(storage.read_text(path)).get("job") != JOB:
+        raise UsageError(f"--run-dir {storage.redact(run)} holds the report of another job; name another directory.")
+
+
+def _measure(fitted: FittedSVD, dataset: Dataset, sample: float) -> tuple[SliceSums, float]:
+    """Error sums over the validation rows, and the largest difference to svd.test on the first of them."""
+    sums = SliceSums(*dataset.manifest.rating_scale, dataset.manifest.rating_step)
+    worst, unchecked = 0.0, CHECKED_ROWS
+    for user, item, rating in svd.rows_of(dataset, "val", sample):
+        if unchecked > 0:
+            worst = max(worst, fitted.check(user[:unchecked], item[:unchecked], rating[:unchecked]))
+            unchecked -= len(user)
+        cold = fitted.trainset.user_inner[user] < 0, fitted.trainset.item_inner[item] < 0
+        sums.add(fitted.predict(user, item), rating, *cold)
+    return sums, worst
+
+
+def _epochs(fitted: FittedSVD, end: float, headline: dict[str, Any]) -> list[dict[str, Any]]:
+    """One entry an epoch; Surprise gives no errors on the way, so only the last one has validation figures."""
+    starts = fitted.trainset.epoch_starts
+    entries = []
+    for epoch, seconds in enumerate(after - before for before, after in itertools.pairwise([*starts, end])):
+        last = epoch == len(starts) - 1
+        entries.append({
+            "epoch": epoch, "train_rmse": None, "val_rmse": headline["val_rmse"] if last else None,
+            "val_mae": headline["val_mae"] if last else None, "seconds": seconds,
+            "ratings_per_second": fitted.trainset.n_ratings / max(seconds, 1e-9),
+        })  # fmt: skip
+    return entries
+
+
+def _report(
+    config: BaselineConfig, dataset: Dataset, epochs: list[dict[str, Any]], sums: SliceSums, began: float
+) -> dict[str, Any]:
+    summary = sums.summary()
+    whole = config.sample_users >= 1.0
+    return report.new_report(
+        job=JOB, model="svd", manifest=dataset.manifest, world_size=1, device="cpu", seed=config.seed,
+        config=to_dict(config), epochs=epochs,
+        final=report.result(config.epochs - 1, summary["headline"], "last epoch"),
+        best_on_val=report.result(config.epochs - 1, summary["headline"], "last epoch: Surprise measures no other"),
+        slices=summary["slices"],
+        floors=floors(dataset, World.alone()) if whole else {},  # they are of all rows, not of the sample's
+        wall_seconds=time.monotonic() - began,
+    )  # fmt: skip
+
+
+def _model_config(config: BaselineConfig) -> dict[str, Any]:
+    return {"model": "svd", "dim": config.factors, "bias": True, "sigmoid": False, "sigmoid_range": None,
+            "cold": "known-side"}  # fmt: skip

@@ -1,0 +1,29 @@
+"""Say what a training run will take, for any number of ranks, before it is submitted. Takes no device.
+
+python jobs/plan.py --data data/electronics
+python jobs/plan.py --data data/electronics --config vignette_mf --ranks 1,8,64
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from mfdist.config import parse_config
+from mfdist.errors import exit_code_of
+from mfdist.planning.plan import PlanConfig, format_plans, plan
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(PlanConfig, argv, __doc__ or "")
+    print(format_plans(plan(config), config))
+    return 0
+
+
+def job() -> int:
+    """The program: the exit code of ``main`` (see ``mfdist.errors``)."""
+    return exit_code_of(main)
+
+
+if __name__ == "__main__":
+    sys.exit(job())

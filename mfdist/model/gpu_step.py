@@ -1,0 +1,289 @@
+"""The training step on a GPU with row-sharded tables: Triton's kernels, the exchange of item rows, the offset by DDP.
+
+The interface is ``fused.FusedStep``'s: one forward does the whole step but for the offset. In one process no step
+waits for the device, and a step as large as the one before it is one CUDA graph: its 30 kernels are queued at once,
+where Python would take longer than they do. With several ranks the exchange needs to know how many rows go where, so
+the host waits for the counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import nn
+
+from mfdist.kernels import gpu, packed
+from mfdist.model.cpu_step import _Fused
+from mfdist.model.models import MF
+from mfdist.model.objective import ITEM, USER, Floats32, Objective
+from mfdist.model.optimizers import RowOptimizer
+from mfdist.model.tables import Layout, ShardedTable
+
+LINE_FLOATS = 8
+"""Rows that are copied out begin at multiples of 32 bytes, what the device moves at once."""
+
+
+class Sorted:
+    """A batch's ratings by row of one side, int32: ``order`` (ratings,), ``number`` (ratings,) the segment of each
+    position of it; ``rows`` the distinct ones, ascending, ``starts`` where each begins in the order (and one past the
+    last); ``slot`` (ratings,) the segment of each rating; ``count`` (1,) how many rows."""
+
+    def __init__(self, ratings: int, device: torch.device) -> None:
+        sizes = (ratings, ratings, ratings, ratings, ratings + 1, 1)
+        space = [torch.zeros(size, dtype=torch.int32, device=device) for size in sizes]
+        self.head, self.number, self.rows, self.slot, self.starts, self.count = space
+        self.order = self.rows
+
+    def sort(self, ids: torch.Tensor) -> None:
+        """Fill all from ``ids`` (ratings,) int32, stably; nothing waits for the device."""
+        n = len(ids)
+        grid = (triton.cdiv(n, gpu.SORT_BLOCK),)
+        ids, self.order = torch.sort(ids, stable=True)
+        gpu.heads[grid](ids, self.head, n, gpu.SORT_BLOCK, **gpu.OPTIONS)
+        torch.cumsum(self.head[:n], 0, dtype=torch.int32, out=self.number[:n])
+        gpu.list_rows[grid](
+            ids, self.order, self.number, self.rows, self.starts, self.slot, self.count, n, gpu.SORT_BLOCK,
+            **gpu.OPTIONS,
+        )  # fmt: skip
+
+
+class LocalNumbers:
+    """Global rows that a rank holds to its local numbers, on the device, without a word to the host."""
+
+    def __init__(self, layout: Layout, rank: int, device: torch.device) -> None:
+        spans = [span for span in layout.ranges_of(rank) if span[0] < span[1]]
+        starts = np.cumsum([0, *(end - first for first, end in spans)])
+        shifts = {first: int(start) - first for (first, _end), start in zip(spans, starts, strict=False)}
+        self._identity = not any(shifts.values())
+        self._firsts = torch.tensor(sorted(shifts), dtype=torch.int64, device=device)
+        self._shifts = torch.tensor([shifts[first] for first in sorted(shifts)], dtype=torch.int64, device=device)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """int64 or int32 (rows,) as given where the numbers are the same."""
+        if self._identity:
+            return rows
+        return rows + self._shifts[torch.searchsorted(self._firsts, rows.long(), right=True) - 1]
+
+
+class GpuStep(nn.Module):
+    """The step of one model; ``forward`` is collective where the item table is sharded over several ranks.
+
+    ``graphs``: queue steps of one process as CUDA graphs. On CPU tensors the kernels run in Triton's interpreter
+    (``TRITON_INTERPRET=1``), for tests.
+    """
+
+    def __init__(
+        self, model: MF, optimizer: RowOptimizer, objective: Objective, shares: tuple[Floats32, Floats32] | None = None,
+        graphs: bool = True,
+    ) -> None:  # fmt: skip
+        """``shares``: as for ``FusedStep``. Models with members have no kernels here yet."""
+        super().__init__()
+        assert isinstance(model.user, ShardedTable) and isinstance(model.item, ShardedTable)
+        self.model, self._user, self._item = model, model.user, model.item
+        form, self._device = model.form, model.user.world.device
+        low, high = form.sigmoid_range or (0.0, 0.0)
+        self._low, self._span = low, high - low
+        self._shape = gpu.shape_of(
+            form.dim, form.bias, packed.KINDS[optimizer.kind], sum(optimizer.state_widths(form.width)),
+            form.sigmoid_range is not None, objective.penalised,
+        )  # fmt: skip
+        assert bool(shares) == objective.penalised and not form.members
+        self._objective = objective
+        self._pulls = [self._pulls_of(side, shares[side] if shares else np.zeros(1, "f4")) for side in (USER, ITEM)]
+        self._rules = gpu.rules_on(
+            self._device, optimizer.rules, optimizer.betas, optimizer.eps, optimizer.weight_decay
+        )
+        self._tile = gpu.tile_rows(self._shape)
+        self._pitch = -(-form.width // LINE_FLOATS) * LINE_FLOATS
+        self._clock = torch.zeros(1, dtype=torch.int32, device=self._device)
+        self._no_offset = torch.zeros(1, device=self._device)
+        self._local = [LocalNumbers(table.layout, table.world.rank, self._device) for table in (self._user, self._item)]
+        self._graphs: dict[tuple[int, int], Any] = {}
+        self._last_size = (-1, -1)
+        self._uses_graphs = graphs and self._device.type == "cuda" and self._item.world.size == 1
+        self._capacity = -1
+        self._reserve(0)
+        self.squared_error = torch.zeros((), dtype=torch.float64, device=self._device)  # of this rank's last rows
+
+    def forward(self, user: torch.Tensor, item: torch.Tensor, rating: torch.Tensor, global_rows: int) -> torch.Tensor:
+        """Take one step on this rank's rows; returns their share of the loss (without the penalty)."""
+        offset = self.model.offset
+        if offset is None or not offset.requires_grad or self._item.world.size == 1:
+            loss, grad = self._step(user, item, rating, global_rows)
+            if offset is not None and offset.requires_grad:
+                offset.grad = grad
+            return loss
+        loss_of: torch.Tensor = _Fused.apply(offset, self, user, item, rating, global_rows)  # type: ignore[no-untyped-call]
+        return loss_of
+
+    def close(self) -> None:
+        """Give back the graphs and what they hold."""
+        self._graphs.clear()
+
+    def settle(self) -> None:
+        """Bring every row of both tables to the present, in place."""
+        for table in (self._user, self._item):
+            rows = len(table.rows.last)
+            self._clock.fill_(table.step)
+            if rows:
+                grid = (triton.cdiv(rows, self._tile),)
+                gpu.settle[grid](*_flat(table), rows, self._clock, self._rules, self._shape, self._tile, **gpu.OPTIONS)
+
+    @torch.no_grad()
+    def _step(
+        self, user: torch.Tensor, item: torch.Tensor, rating: torch.Tensor, global_rows: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole step but for the offset: returns (loss, gradient of the offset)."""
+        number = len(rating)
+        self._reserve(number)
+        self._clock.fill_(self._user.step)
+        self._users[:number].copy_(self._local[0](user))
+        self._ratings[:number].copy_(rating)
+        if self._item.world.size == 1:
+            self._items[:number].copy_(self._local[1](item))
+            self._at_home(number, global_rows)
+        else:
+            self._items[:number].copy_(item)
+            self._with_others(number, global_rows)
+        self._user.step = self._item.step = self._user.step + 1
+        self.squared_error = self._sums[0].clone()  # the next step writes over it
+        return (self.squared_error / global_rows).float(), self._sums[1:].float()
+
+    def _at_home(self, number: int, global_rows: int) -> None:
+        """All rows are here: one queue of kernels, as a graph from the second batch of one size in a row."""
+        key, scale = (number, global_rows), 2 * self._objective.weight(global_rows)
+        if self._uses_graphs and key == self._last_size and key not in self._graphs:
+            self._graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graphs[key], capture_error_mode="thread_local"):
+                self._queue_step(number, scale)  # recorded, not run
+        self._last_size = key
+        if key in self._graphs:
+            self._graphs[key].replay()
+        else:
+            self._queue_step(number, scale)
+
+    def _queue_step(self, number: int, scale: float) -> None:
+        """The kernels of a step on the first ``number`` rows of the batch's buffers."""
+        self._by_user.sort(self._users[:number])
+        self._by_item.sort(self._items[:number])
+        items = self._by_item
+        self._gather(number, items.rows, items.count, self._own)
+        self._user_pass(number, scale, self._own)
+        self._item_pass(number, scale, self._own, None)
+        self._add_up(number)
+
+    def _with_others(self, number: int, global_rows: int) -> None:
+        """Item rows come from their owners, and their gradients go back; collective."""
+        scale, items, shape = 2 * self._objective.weight(global_rows), self._by_item, self._shape
+        if number:
+            self._by_user.sort(self._users[:number])
+            items.sort(self._items[:number])
+        num_items = int(items.count) if number else 0
+        exchange = self._item.exchange(items.rows[:num_items])
+        mine, asked = exchange.mine.int(), len(exchange.mine)
+        count = torch.full((1,), asked, dtype=torch.int32, device=self._device)
+        current = torch.empty(max(asked, 1), self.model.form.width, device=self._device)
+        self._gather(asked, mine, count, current)
+        own = exchange.fetch(current[:asked])
+        gradient = torch.empty(num_items, self.model.form.width, device=self._device)
+        if number:
+            self._user_pass(number, scale, own)
+            self._item_pass(number, scale, own, gradient)
+        total = exchange.give_back(gradient)
+        if asked:
+            gpu.update[triton.cdiv(asked, self._tile),](
+                *_flat(self._item), mine, count, current, total, self._clock, self._rules, shape, current.stride(0),
+                total.stride(0), self._tile, **gpu.OPTIONS,
+            )  # fmt: skip
+        self._add_up(number)
+
+    def _gather(self, most: int, rows: torch.Tensor, count: torch.Tensor, out: torch.Tensor) -> None:
+        """Current weights of at most ``most`` item rows to ``out``."""
+        if most:
+            gpu.gather[triton.cdiv(most, self._tile),](
+                *_flat(self._item), rows, count, out, self._clock, self._rules, self._shape, out.stride(0), self._tile,
+                **gpu.OPTIONS,
+            )  # fmt: skip
+
+    def _user_pass(self, number: int, scale: float, own: torch.Tensor) -> None:
+        """Score all ratings and move the users; ``own``: the items' current weights, in the order of their rows."""
+        users, shape, tile, chunk = self._by_user, self._shape, self._tile, gpu.CHUNK
+        offset = self._no_offset if self.model.offset is None else self.model.offset.detach()
+        range_ = scale, self._low, self._span
+        gpu.user_pass[triton.cdiv(number, tile),](
+            *_flat(self._user), users.rows, users.starts, users.count, users.order, self._by_item.slot, own,
+            self._ratings, offset, self._before, self._slope, self._error, self._clock, *range_, self._pulls[0],
+            self._rules, shape, own.stride(0), self._pitch, chunk, tile, **gpu.OPTIONS,
+        )  # fmt: skip
+        blocks = (triton.cdiv(number, chunk),)
+        gpu.long_parts[blocks](
+            users.number, users.starts, users.order, self._by_item.slot, own, self._before, self._ratings, offset,
+            self._slope, self._error, self._parts, *range_, number, shape, own.stride(0), self._pitch, self._pitch,
+            True, chunk, **gpu.OPTIONS,
+        )  # fmt: skip
+        gpu.long_rows[blocks](
+            *_flat(self._user), users.rows, users.number, users.starts, self._before, self._parts, self._parts,
+            self._clock, scale, self._pulls[0], number, self._rules, shape, self._pitch, self._pitch, self._pitch, True,
+            chunk, gpu.tile_rows(shape, gpu.PART_TILE, 64), **gpu.OPTIONS,
+        )  # fmt: skip
+
+    def _item_pass(self, number: int, scale: float, own: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        """Move the items, or only find their ``gradient`` (rows, width)."""
+        items, shape, tile, chunk = self._by_item, self._shape, self._tile, gpu.CHUNK
+        out, here = (self._parts, True) if gradient is None else (gradient, False)
+        gpu.row_pass[triton.cdiv(number, tile),](
+            *_flat(self._item), items.rows, items.starts, items.count, items.order, self._by_user.slot, own,
+            self._before, self._slope, out, self._clock, scale, self._pulls[1], self._rules, shape, own.stride(0),
+            self._pitch, out.stride(0), chunk, here, tile, **gpu.OPTIONS,
+        )  # fmt: skip
+        blocks = (triton.cdiv(number, chunk),)
+        gpu.long_parts[blocks](
+            items.number, items.starts, items.order, self._by_user.slot, self._before, own, self._ratings,
+            self._no_offset, self._slope, self._error, self._parts, scale, 0.0, 0.0, number, shape, self._pitch,
+            own.stride(0), self._pitch, False, chunk, **gpu.OPTIONS,
+        )  # fmt: skip
+        gpu.long_rows[blocks](
+            *_flat(self._item), items.rows, items.number, items.starts, own, self._parts, out, self._clock, scale,
+            self._pulls[1], number, self._rules, shape, own.stride(0), self._pitch, out.stride(0), here, chunk,
+            gpu.tile_rows(shape, gpu.PART_TILE, 64), **gpu.OPTIONS,
+        )  # fmt: skip
+
+    def _pulls_of(self, side: int, shares: Floats32) -> tuple[Any, ...]:
+        """The kernels' ``pulls`` of users or of items."""
+        form = self.model.form
+        always, once = self._objective.pulls(side, form.dim, form.width, 0).tolist()
+        return (torch.from_numpy(shares).to(self._device), always[0], once[0], always[-1], once[-1])
+
+    def _add_up(self, number: int) -> None:
+        """The sums of squared errors and of slopes, float64, in a fixed order."""
+        blocks = triton.cdiv(number, gpu.SUM_BLOCK)
+        if number:
+            gpu.block_sums[blocks,](
+                self._error, self._slope, self._block_sums, number, blocks, gpu.SUM_BLOCK, **gpu.OPTIONS
+            )
+        torch.sum(self._block_sums[: 2 * blocks].view(2, blocks), dim=1, out=self._sums)
+
+    def _reserve(self, ratings: int) -> None:
+        """Make room for a batch of so many ratings."""
+        if ratings <= self._capacity:
+            return
+        self._graphs.clear()
+        self._capacity = ratings + ratings // 8
+        room, device = max(self._capacity, 1), self._device
+        blocks = 2 * triton.cdiv(room, gpu.CHUNK)
+        self._by_user, self._by_item = Sorted(room, device), Sorted(room, device)
+        self._users, self._items = (torch.zeros(room, dtype=torch.int32, device=device) for _ in range(2))
+        self._ratings, self._slope, self._error = (torch.zeros(room, device=device) for _ in range(3))
+        self._own, self._before = (torch.zeros(room, self._pitch, device=device) for _ in range(2))
+        self._parts = torch.zeros(blocks, self._pitch, device=device)
+        self._block_sums = torch.zeros(2 * triton.cdiv(room, gpu.SUM_BLOCK), dtype=torch.float64, device=device)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+
+def _flat(table: ShardedTable) -> tuple[torch.Tensor, torch.Tensor]:
+    """The packed rows as one float32 tensor, and the same memory as int32."""
+    flat = table.packed.view(-1)
+    return flat, flat.view(torch.int32)

@@ -1,0 +1,350 @@
+"""What a training run will take, before anything is submitted: steps, memory, network, checkpoint, time.
+
+Steps, tables, bytes and lanes are counted from the manifest and the vocabulary's counts. What takes time, and what a
+process takes beside its tables, is measured: ``calibration`` trains for a few seconds on this machine, in as many
+processes as the job has on a host. For ranks on other hosts what they send is added, at the network's given speed.
+
+Example: 1,000 ratings in 4 lanes of 300, 300, 200, 200 rows on 3 ranks, which hold 1, 1 and 2 lanes: the largest
+share is 400 rows where an even one is 333.3, so 17% of the machine waits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mfdist.cluster.launch import usable_cores
+from mfdist.config import flag
+from mfdist.data.batch_blocks import AHEAD_BYTES
+from mfdist.data.batch_order import lanes_of_rank
+from mfdist.data.dataset import Dataset, Manifest
+from mfdist.data.loader import available_bytes, id_dtype, ranks_here
+from mfdist.errors import UsageError
+from mfdist.kernels import stride_of
+from mfdist.model.objective import ITEM, USER
+from mfdist.model.tables import item_layout, user_layout
+from mfdist.planning import calibration
+from mfdist.planning.calibration import Measured, Trial
+from mfdist.prepare.lanes import row_group_rows
+from mfdist.training.config import TrainConfig
+
+ID_BYTES = 4  # of a row number on the wire
+COLLECTIVES = 5
+"""Calls that a step of several ranks waits for: how many ids go where, the ids, their rows, gradients, the offset's."""
+PROCESS_BYTES = 400 << 20
+"""What a process takes beside its modules where it is not measured: compiled kernels, buffers, vocabulary, figures."""
+FLOOR_BYTES = 1 << 30
+"""At its end a rank keeps its training rows, up to so many bytes, to compute what simple predictions reach."""
+
+
+def parse_ranks(text: str) -> tuple[int, ...]:
+    """'1,2,8' as numbers of ranks."""
+    ranks = tuple(int(part) for part in text.split(","))
+    if min(ranks) < 1:
+        raise ValueError("expected numbers of ranks such as 1,2,8")
+    return ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(TrainConfig):
+    """The flags of jobs/train.py, and for what to plan."""
+
+    ranks: tuple[int, ...] = flag((1, 2, 4, 8), "numbers of ranks to plan for, such as 1,2,8", parse=parse_ranks)
+    calibrate_seconds: float = flag(2.0, "seconds of steps to time for each number of ranks; 0: no times", at_least=0)
+    ranks_per_host: int = flag(0, "ranks that share a host; 0: all of them, up to this machine's cores", at_least=0)
+    threads: int = flag(0, "threads of a rank; 0: this machine's cores divided by the ranks of a host", at_least=0)
+    network_gbps: float = flag(10.0, "network of a host, gigabits per second", above=0)
+    network_latency: float = flag(200.0, "what a collective call to other hosts waits for, microseconds", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Seconds of a run; ``measured`` is what they follow from."""
+
+    start: float  # until the first step: processes, tables, ratings read
+    epoch: float  # steps, settling, evaluation
+    checkpoint: float  # the pause of one
+    end: float  # the last checkpoint, export, report
+    total: float
+    measured: Measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One number of ranks. Figures of a rank are those of the rank that has most; None: not calibrated."""
+
+    ranks: int
+    hosts: int
+    lanes: tuple[int, int]  # fewest and most of a rank
+    efficiency: float  # even share of the rows over the largest share
+    steps_per_epoch: int
+    table_bytes: int  # weights and optimizer state of a rank
+    loader_bytes: int
+    step_bytes: int
+    end_bytes: int  # for the report's floors
+    base_bytes: int  # the process itself: interpreter, torch, compiled kernels
+    wire_bytes: float  # that a rank sends in a step
+    checkpoint_bytes: int
+    export_bytes: int
+    times: Times | None = None
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.table_bytes + self.loader_bytes + self.step_bytes + self.end_bytes + self.base_bytes
+
+
+def plan(config: PlanConfig) -> list[Plan]:
+    """A plan for each of ``config.ranks``; UsageError where a number exceeds the lanes or --data is missing."""
+    if config.data is None:
+        raise UsageError("--data is needed: the plan is made from a prepared dataset.")
+    base = resident_bytes() + PROCESS_BYTES
+    dataset = Dataset.open(config.data)
+    lanes = len(dataset.manifest.lanes)
+    if max(config.ranks) > lanes:
+        raise UsageError(f"--ranks {max(config.ranks)}: the dataset has {lanes} lanes; ask for at most as many ranks.")
+    plans = [plan_for(config, dataset, ranks, base) for ranks in config.ranks]
+    if not config.calibrate_seconds or not dataset.manifest.num_ratings["train"]:
+        return plans
+    found = measured(config, dataset.manifest)
+    return [
+        with_times(one, config, dataset.manifest, *found[one.ranks]) if one.ranks in found else one for one in plans
+    ]
+
+
+def plan_for(config: PlanConfig, dataset: Dataset, ranks: int, base_bytes: int = 0) -> Plan:
+    """What can be counted. ``base_bytes``: what a process takes without tables and data."""
+    manifest = dataset.manifest
+    form = config.form(manifest)
+    shares = rows_of_ranks(manifest, ranks)
+    kept = 1 - config.stop_fraction
+    rows = sum(shares) * kept
+    steps = math.ceil(rows / config.batch_size)
+    largest = max(shares) * kept
+    lanes = [len(lanes_of_rank(len(manifest.lanes), rank, ranks)) for rank in range(ranks)]
+    batch = config.batch_size * largest / max(rows, 1)
+    wire = 0.0
+    if ranks > 1 and config.sharding != "replicated":
+        unique = expected_unique(dataset.counts("items"), batch)
+        wide = 2 if config.wire_dtype == "bf16" else 4
+        wire = unique * (ranks - 1) / ranks * (ID_BYTES + 2 * form.width * wide)
+    elif ranks > 1:
+        # a ring all-reduce sends every gradient twice, but for a rank's own piece
+        wire = (manifest.num_users + manifest.num_items) * form.width * 4 * 2 * (ranks - 1) / ranks
+    all_rows = manifest.num_users + manifest.num_items
+    return Plan(
+        ranks=ranks, hosts=math.ceil(ranks / ranks_per_host(config, ranks)), lanes=(min(lanes), max(lanes)),
+        efficiency=(rows / ranks / largest) if largest else 1.0, steps_per_epoch=steps,
+        table_bytes=table_bytes(config, manifest, ranks),
+        loader_bytes=loader_bytes(manifest, int(largest), max(lanes), ranks),
+        step_bytes=int(batch * 2 * form.width * 4 * 8),
+        end_bytes=min(FLOOR_BYTES, int(largest) * rating_bytes(manifest)), base_bytes=base_bytes, wire_bytes=wire,
+        checkpoint_bytes=sum(
+            rows * stored_bytes_of_row(config, form.stored_width(side))
+            for side, rows in ((USER, manifest.num_users), (ITEM, manifest.num_items))
+        ),
+        export_bytes=all_rows * form.width * 4,
+    )  # fmt: skip
+
+
+def ranks_per_host(config: PlanConfig, ranks: int) -> int:
+    return min(ranks, config.ranks_per_host or max(1, usable_cores()))
+
+
+def processes_of(config: PlanConfig, ranks: int) -> int:
+    """How many processes stand for ``ranks`` on this machine: those of a host, and two at least to exchange rows."""
+    return min(ranks, max(2, min(ranks_per_host(config, ranks), usable_cores())))
+
+
+def rows_of_ranks(manifest: Manifest, ranks: int, split: str = "train") -> list[int]:
+    """Rows of each rank's lanes, of the split train or val."""
+    rows = [lane.train_rows if split == "train" else lane.val_rows for lane in manifest.lanes]
+    return [sum(rows[k] for k in lanes_of_rank(len(rows), rank, ranks)) for rank in range(ranks)]
+
+
+def table_bytes(config: TrainConfig, manifest: Manifest, ranks: int) -> int:
+    """Bytes of both tables on the rank that holds most."""
+    form = config.form(manifest)
+    user, item = (bytes_of_row(config, form.stored_width(side)) for side in (USER, ITEM))
+    if config.sharding == "replicated":
+        return manifest.num_users * user + manifest.num_items * item
+    layouts = user_layout(manifest, ranks), item_layout(manifest, ranks)
+    held = [[sum(end - first for first, end in layout.ranges_of(rank)) for layout in layouts] for rank in range(ranks)]
+    return max(users * user + items * item for users, items in held)
+
+
+def bytes_of_row(config: TrainConfig, width: int) -> int:
+    """Weights, optimizer state and the number of the last step of one row; a gradient too where tables are whole."""
+    state = sum(config.row_optimizer(1).state_widths(width))
+    return 4 * (2 * width + state + 1) if config.sharding == "replicated" else 4 * stride_of(width, state)
+
+
+def stored_bytes_of_row(config: TrainConfig, width: int) -> int:
+    """Of one row in a checkpoint."""
+    return 4 * (width + sum(config.row_optimizer(1).state_widths(width)) + 1)
+
+
+def expected_unique(counts: np.ndarray[tuple[int], np.dtype[np.int64]], rows: float) -> float:
+    """Distinct items among ``rows`` ratings drawn in proportion to ``counts``."""
+    total = counts.sum()
+    return float(-np.expm1(rows * np.log1p(-np.minimum(counts / total, 1 - 1e-12))).sum()) if total else 0.0
+
+
+def loader_bytes(manifest: Manifest, rows: int, lanes: int, ranks: int) -> int:
+    """Of a rank: a permuted row group open and one ahead per lane, blocks of batches, and all rows where they fit."""
+    row_bytes = rating_bytes(manifest)
+    window = min(rows, 2 * lanes * row_group_rows(len(manifest.lanes))) * row_bytes
+    whole = rows * row_bytes
+    resident = whole if whole <= available_bytes() // ranks_here(ranks) // 4 else 0
+    return window + resident + min(whole, AHEAD_BYTES)
+
+
+def rating_bytes(manifest: Manifest) -> int:
+    """Of a rating in memory."""
+    ids = (np.dtype(id_dtype(count)) for count in (manifest.num_users, manifest.num_items))
+    return 4 + sum(int(kind.itemsize) for kind in ids)
+
+
+def resident_bytes() -> int:
+    """Memory of this process now, in bytes."""
+    with open("/proc/self/statm") as stream:
+        return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# Times --------------------------------------------------------------------------------------------
+
+
+def measured(config: PlanConfig, manifest: Manifest) -> dict[int, tuple[Measured, int]]:
+    """For each number of ranks whose tables fit here: what was measured, and the bytes of a process by itself."""
+    train = TrainConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)})
+    width = config.form(manifest).stored_width(USER)  # the wider ones
+    trials = []
+    for ranks in sorted(set(config.ranks)):
+        trial = Trial(ranks=ranks, processes=processes_of(config, ranks), lanes=None, seconds=config.calibrate_seconds)
+        fit = calibration.lanes_that_fit(config, manifest, trial, bytes_of_row(config, width), available_bytes() // 2)
+        if fit is not None:
+            whole = fit == calibration.lanes_of_process(manifest, trial)
+            trials.append(trial if whole else dataclasses.replace(trial, lanes=fit))
+    found = {}
+    for processes, group in itertools.groupby(trials, lambda trial: trial.processes):
+        threads = config.threads or max(1, usable_cores() // processes)
+        answers = calibration.measure(train, list(group), threads)
+        base = process_bytes(config, manifest, answers[0])
+        found.update({answer.trial.ranks: (answer, base) for answer in answers})
+    return found
+
+
+def process_bytes(config: PlanConfig, manifest: Manifest, first: Measured) -> int:
+    """What a process takes beside tables and ratings, by the first trial of its launch, whose tables are largest."""
+    share = calibration.share_of(manifest, first.trial)
+    size = first.trial.processes
+    lanes = math.ceil(len(share.lanes) / size)
+    known = table_bytes(config, share, size) + loader_bytes(share, first.largest_rows, lanes, size)
+    return max(0, first.peak_bytes - known)
+
+
+def with_times(one: Plan, config: PlanConfig, manifest: Manifest, found: Measured, base_bytes: int) -> Plan:
+    """``one`` with what follows from a measurement."""
+    steps, epochs = one.steps_per_epoch, config.epochs
+    largest = max(rows_of_ranks(manifest, one.ranks))
+    step = (
+        found.step_seconds * largest / max(found.largest_rows, 1) if found.trial.lanes is None else found.step_seconds
+    )
+    step += seconds_between_hosts(one, config)
+    share = calibration.share_of(manifest, found.trial)
+    settle = found.settle_seconds * table_bytes(config, manifest, one.ranks) / max(
+        table_bytes(config, share, found.trial.processes), 1
+    )  # fmt: skip
+    validation = max(rows_of_ranks(manifest, one.ranks, "val")) * found.trial.processes / max(found.validation_rows, 1)
+    epoch = steps * step + settle + found.evaluate_seconds * validation
+    stored = one.checkpoint_bytes * found.trial.processes / one.ranks / max(found.stored_bytes, 1)
+    exported = one.export_bytes / max(found.stored_bytes, 1)
+    end = stored * found.store_seconds + exported * found.store_seconds + found.floors_seconds
+    start = found.start_seconds + found.read_seconds
+    pause = stored * found.pause_seconds
+    total = start + epochs * epoch + end + pause * checkpoints(config, steps, epochs * epoch)
+    times = Times(start=start, epoch=epoch, checkpoint=pause, end=end, total=total, measured=found)
+    return dataclasses.replace(one, base_bytes=base_bytes, times=times)
+
+
+def seconds_between_hosts(one: Plan, config: PlanConfig) -> float:
+    """What a step waits for the network, beside what was measured between processes of one host."""
+    if one.hosts == 1:
+        return 0.0
+    here = ranks_per_host(config, one.ranks)
+    leaving = one.wire_bytes * here * (one.ranks - here) / (one.ranks - 1)
+    return leaving * 8 / (config.network_gbps * 1e9) + COLLECTIVES * config.network_latency * 1e-6
+
+
+def checkpoints(config: PlanConfig, steps: int, seconds: float) -> int:
+    """How many are written before the last one."""
+    cadence = config.checkpoint_every
+    if cadence == "epoch":
+        return config.epochs - 1
+    return int(seconds / 60) // int(cadence[:-1]) if cadence.endswith("m") else steps * config.epochs // int(cadence)
+
+
+# Showing it ---------------------------------------------------------------------------------------
+
+
+def format_plans(plans: Sequence[Plan], config: PlanConfig) -> str:
+    """The plans as a table, a column for each number of ranks, and what was measured."""
+    times = [plan.times for plan in plans]
+    lines: list[tuple[str, list[str]]] = [
+        ("ranks", [f"{p.ranks}" for p in plans]),
+        ("hosts", [f"{p.hosts}" for p in plans]),
+        ("lanes of a rank", ["-".join(str(n) for n in sorted(set(p.lanes))) for p in plans]),
+        ("efficiency left by rounding lanes", [f"{p.efficiency:.1%}" for p in plans]),
+        ("steps an epoch", [f"{p.steps_per_epoch:,}" for p in plans]),
+        ("memory of a rank", [_bytes(p.memory_bytes) for p in plans]),
+        ("  tables and optimizer", [_bytes(p.table_bytes) for p in plans]),
+        ("  a checkpoint, written from them", [_bytes(0) for _ in plans]),
+        ("  loader", [_bytes(p.loader_bytes) for p in plans]),
+        ("  a step's rows", [_bytes(p.step_bytes) for p in plans]),
+        ("  report", [_bytes(p.end_bytes) for p in plans]),
+        ("  the process itself", [_bytes(p.base_bytes) for p in plans]),
+        ("sent by a rank in a step", [_bytes(p.wire_bytes) for p in plans]),
+        ("a checkpoint, all ranks", [_bytes(p.checkpoint_bytes) for p in plans]),
+        ("start", [_seconds(t.start if t else None) for t in times]),
+        ("an epoch", [_seconds(t.epoch if t else None) for t in times]),
+        ("pause of a checkpoint", [_seconds(t.checkpoint if t else None) for t in times]),
+        ("last checkpoint, export, report", [_seconds(t.end if t else None) for t in times]),
+        (f"all of it, {config.epochs} epochs", [_seconds(t.total if t else None) for t in times]),
+    ]
+    left = max(len(name) for name, _ in lines)
+    table = [name.ljust(left) + "".join(value.rjust(12) for value in values) for name, values in lines]
+    return "\n".join(table + [_said(t.measured) for t in times if t])
+
+
+def _said(found: Measured) -> str:
+    """What a measurement did, in a line."""
+    trial = found.trial
+    part = f", {trial.lanes} lanes each: all do not fit into half of the free memory" if trial.lanes else ""
+    who = f"{trial.processes} {'process' if trial.processes == 1 else 'processes'} of {found.threads} threads"
+    return (
+        f"measured for {trial.ranks}: {who} on {usable_cores()} cores{part}; {found.steps:,} steps of "
+        f"{1000 * found.step_seconds:.2f} ms, settling {found.settle_seconds:.2f} s, {found.validation_rows:,} "
+        f"validation rows {found.evaluate_seconds:.2f} s, {_bytes(found.stored_bytes)} stored in "
+        f"{found.store_seconds:.2f} s (pause {found.pause_seconds:.2f} s)"
+    )
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

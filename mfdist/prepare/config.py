@@ -1,0 +1,70 @@
+"""The flags of jobs/prepare.py."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from mfdist.config import flag, parse_bytes, parse_range, positional
+from mfdist.errors import UsageError
+from mfdist.prepare.columns import parse_columns
+
+
+def _lanes(text: str) -> int:
+    if text in ("auto", "0"):
+        return 0
+    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise ValueError("expected auto or a whole number from 1 to 999999")
+    return int(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """The flags of jobs/prepare.py."""
+
+    sources: tuple[str, ...] = positional("files, globs, directories or URLs; the dataset with --verify or --compact",
+                                          optional=True)  # fmt: skip
+    out: str | None = flag(None, "the dataset directory to make (path or URL)")
+    columns: tuple[str, ...] | None = flag(
+        None, "user,item,rating[,timestamp]: names, or positions from 0 for headerless files", parse=parse_columns
+    )
+    split: str = flag("random", "how validation rows are chosen", choices=("random", "last-n", "time"))
+    val_fraction: float = flag(0.2, "share of the rows that validate (random, time)", at_least=0.0, at_most=1.0)
+    val: tuple[str, ...] = flag((), "files of a predefined validation set, instead of a split", many=True)
+    seed: int = flag(42, "seed of the split and of the order")
+    lanes: int = flag(0, "number of lanes; 0 or auto: 64 up to 10 M rows, 512 above", parse=_lanes)
+    duplicates: str = flag("keep", "what becomes of equal (user, item) pairs",
+                           choices=("keep", "last", "mean", "error"))  # fmt: skip
+    min_user_ratings: int = flag(
+        0, "remove users with fewer ratings (with --min-item-ratings: until stable)", at_least=0
+    )
+    min_item_ratings: int = flag(0, "remove items with fewer ratings", at_least=0)
+    last: int = flag(1, "n of --split last-n: newest ratings of each user that validate", at_least=1)
+    order: str = flag("random", "order of the ratings in a lane", choices=("random", "blocks"))
+    rating_scale: tuple[float, float] | None = flag(None, "MIN,MAX of valid ratings; else as found", parse=parse_range)
+    max_rejected: float = flag(0.01, "share of the rows that may be refused", at_least=0.0, at_most=1.0)
+    memory: int = flag(4 << 30, "bytes of memory to work in, such as 4GiB", parse=parse_bytes)
+    overwrite: bool = flag(False, "replace another dataset in --out")
+    append: bool = flag(False, "add the files to the dataset in --out: known ids keep their rows")
+    compact: bool = flag(False, "merge the files that appends have added; ids keep their rows")
+    verify: bool = flag(False, "re-read every file of the dataset and compare it with the manifest")
+
+    def __post_init__(self) -> None:
+        if self.append + self.compact + self.verify > 1:
+            raise UsageError("--append, --compact and --verify are three jobs: give one of them.")
+        if self.compact or self.verify:
+            if len(self.sources) + (self.out is not None) != 1:
+                raise UsageError("--verify and --compact take one dataset directory and nothing else.")
+        elif not self.out:
+            raise UsageError("--out is missing: name the dataset directory to make.")
+        elif not self.sources:
+            raise UsageError("no source: name one or more files of ratings.")
+        if self.memory < 256 << 20:
+            raise UsageError(f"--memory {self.memory}: at least 256MiB are needed.")
+        if self.val and self.split != "random":
+            raise UsageError("--val is a predefined validation set: it cannot be combined with --split.")
+
+    @property
+    def target(self) -> str:
+        """The dataset directory."""
+        return self.out or self.sources[0]

@@ -1,0 +1,240 @@
+"""Raw files to a dataset directory, out of core: every row is read once, hashed, and accounted for.
+
+    read      sources -> checked rows in buckets of the user hash; ids once each; refused rows to rejected.parquet
+    count     only where needed: rows after merging, k-core, the time of a time split (passes over the buckets)
+    write     bucket after bucket, in hash order: sort, merge, split, number the users, fill the lanes
+    finish    users.parquet, items.parquet, the report, and the manifest last
+
+Identity is the 64-bit hash of an id with exact comparison behind it; every order is a hash of ids and seed. So the
+result depends neither on the order of the rows nor on files, chunks, threads or memory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from mfdist import storage
+from mfdist.data.dataset import MANIFEST, Dataset, verify
+from mfdist.errors import DataError, UsageError
+from mfdist.log import Console
+from mfdist.prepare.columns import Layout, frame_layout, recognise
+from mfdist.prepare.config import PrepareConfig
+from mfdist.prepare.ids import HashCollision
+from mfdist.prepare.read_pass import FrameSource, Ingest, ingest
+from mfdist.prepare.row_blocks import Rules
+from mfdist.prepare.sources import Source, find_sources
+
+MAX_SALTS = 4
+
+__all__ = ["PrepareConfig", "prepare", "prepare_frame"]
+
+
+def prepare(config: PrepareConfig, console: Console | None = None) -> Dataset:
+    """Do what ``config`` says; DataError and UsageError leave no dataset that was not there before."""
+    console = console or Console()
+    if config.verify:
+        return _verified(config.target, console)
+    if config.compact:
+        from mfdist.prepare.compact import compact
+
+        return compact(config.target, config.memory, console)
+    sources: list[Source | FrameSource] = [*find_sources(config.sources), *find_sources(config.val, val=True)]
+    layouts = [recognise(source, config.columns) for source in sources if isinstance(source, Source)]
+    for source, layout in zip(sources, layouts, strict=True):
+        console.info(f"{source.shown}: {layout.name}")
+    if config.append:
+        return _appended(config, sources, layouts, console)
+    request = {"settings": _settings(config), "files": [[s.shown, s.bytes, s.val] for s in sources]}
+    finished = _already(config, request, console)
+    return finished or _prepared(config, sources, layouts, request, console)
+
+
+def prepare_frame(frame: Any, out: str, **settings: Any) -> Dataset:
+    """A dataset from a polars or pandas data frame; ``settings`` are the fields of PrepareConfig (seed=1, order=...).
+
+    An existing dataset in ``out`` is replaced.
+    """
+    for name in ("columns", "val"):
+        if isinstance(settings.get(name), str):
+            raise UsageError(f"prepare_frame: {name} is a sequence of texts.")
+    config = PrepareConfig(sources=("data frame",), out=str(out), overwrite=True, **settings)
+    table = frame.to_arrow() if hasattr(frame, "to_arrow") else _pandas_table(frame)
+    layout = frame_layout(table.column_names, config.columns)
+    vals: list[Source | FrameSource] = [*find_sources(config.val, val=True)]
+    layouts = [layout, *(recognise(s, config.columns) for s in vals if isinstance(s, Source))]
+    return _prepared(config, [FrameSource(table), *vals], layouts, {}, Console(False))
+
+
+def _pandas_table(frame: Any) -> Any:
+    import pyarrow as pa
+
+    try:
+        return pa.Table.from_pandas(frame, preserve_index=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, AttributeError) as error:
+        raise DataError(f"the data frame cannot be read: {error}.") from None
+
+
+def _verified(path: str, console: Console) -> Dataset:
+    from mfdist.prepare.replace import open_finished
+
+    dataset = open_finished(path)
+    faults = list(verify(dataset))
+    for fault in faults:
+        console.info(fault)
+    if faults:
+        raise DataError(
+            f"{storage.redact(path)}: {len(faults)} of {len(dataset.manifest.files)} files are not what the manifest "
+            f"says; the first: {faults[0]}. Prepare it again."
+        )
+    console.info(f"{storage.redact(path)}: {len(dataset.manifest.files)} files are what the manifest says")
+    return dataset
+
+
+def _appended(
+    config: PrepareConfig, sources: Sequence[Source | FrameSource], layouts: list[Layout], console: Console
+) -> Dataset:
+    from mfdist.prepare.append import append, check_append
+    from mfdist.prepare.replace import open_finished
+
+    dataset = open_finished(config.target)
+    check_append(config, dataset.manifest)
+    known = {source["fingerprint"] for source in dataset.manifest.sources}
+    if known.issuperset(_fingerprints(config)):
+        console.info(f"{storage.redact(config.target)} holds these files already")
+        return dataset
+    if dataset.manifest.has_timestamp and not all(layout.has_time for layout in layouts):
+        raise UsageError("the dataset has timestamps and a source has none: they cannot be appended.")
+    if not dataset.manifest.has_timestamp:
+        layouts = [layout.without_time() for layout in layouts]
+    if dataset.manifest.extra["explicit_scale"]:
+        config = replace(config, rating_scale=config.rating_scale or dataset.manifest.rating_scale)
+    scratch = scratch_folder(config.target)
+    try:
+        read = read_sources(config, sources, layouts, int(dataset.manifest.extra["salt"]), scratch, console)
+        return append(config, dataset, read, scratch, console)
+    except HashCollision:
+        raise DataError("two new ids have one hash under the dataset's; prepare all files together.") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    left_out = ("sources", "out", "val", "memory", "overwrite", "append", "compact", "verify")
+    plain = {k: v for k, v in asdict(config).items() if k not in left_out}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+
+def _already(config: PrepareConfig, request: dict[str, Any], console: Console) -> Dataset | None:
+    """The dataset in ``--out`` where it is the one asked for; UsageError where it is another."""
+    if not storage.exists(storage.join(config.target, MANIFEST)):
+        return None
+    if config.overwrite:
+        return None
+    dataset = Dataset.open(config.target)
+    prints = [source["fingerprint"] for source in dataset.manifest.sources]
+    if dataset.manifest.extra.get("request") != request or prints != _fingerprints(config):
+        raise UsageError(
+            f"{storage.redact(config.target)} holds a dataset of other files or settings; choose another --out, or "
+            "replace it with --overwrite."
+        )
+    dataset.check_files()
+    console.info(f"{storage.redact(config.target)} is prepared already, from these files with these settings")
+    return dataset
+
+
+def _fingerprints(config: PrepareConfig) -> list[str]:
+    from mfdist.prepare.sources import file_fingerprint
+
+    return [file_fingerprint(s) for s in [*find_sources(config.sources), *find_sources(config.val, val=True)]]
+
+
+OWN_NAMES = {MANIFEST, "train", "val", "report", "users.parquet", "items.parquet", "rejected.parquet", ".scratch"}
+_OWN_FILE = re.compile(r"lane-\d+.*\.parquet|(ratings|ratings_per_user|ratings_per_item|activity)\.png.*|index\.html.*")
+
+
+def check_target(out: str) -> None:
+    """UsageError where making a dataset in ``out`` would remove files that no dataset has."""
+    names = [name for name in storage.list_names(out) if not re.fullmatch(r".*\.(next|\d+\.tmp)", name)]
+    foreign = [name for name in names if name not in OWN_NAMES]
+    for folder in ("train", "val", "report"):
+        inside = storage.list_names(storage.join(out, folder)) if folder in names else []
+        foreign += [f"{folder}/{name}" for name in inside if not _OWN_FILE.fullmatch(name)]
+    if foreign:
+        raise UsageError(
+            f"{storage.redact(out)} is no dataset and holds other files ({', '.join(foreign[:3])}); choose an --out "
+            "that is empty or does not exist."
+        )
+
+
+def scratch_folder(out: str) -> str:
+    """A fresh local folder for what does not fit in memory; one left by a killed job is removed."""
+    if not storage.is_local(out):
+        return tempfile.mkdtemp(prefix="mfdist-prepare-")
+    folder = os.path.join(os.path.abspath(storage.local_path(out)), ".scratch")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+    return folder
+
+
+def _prepared(
+    config: PrepareConfig,
+    sources: Sequence[Source | FrameSource],
+    layouts: list[Layout],
+    request: dict[str, Any],
+    console: Console,
+) -> Dataset:
+    from mfdist.prepare.write_pass import assemble
+
+    check_target(config.target)
+    made = storage.is_local(config.target) and not os.path.exists(storage.local_path(config.target))
+    scratch = scratch_folder(config.target)
+    try:
+        for salt in range(MAX_SALTS):
+            try:
+                read = read_sources(config, sources, layouts, salt, scratch, console)
+                return assemble(config, read, request, scratch, console)
+            except HashCollision:
+                console.warn("two different ids have one hash; beginning again with another hash")
+                shutil.rmtree(scratch)
+                os.makedirs(scratch)
+        raise DataError("ids collide under every hash; this cannot happen by chance, so please report it.")
+    except BaseException:
+        if made and not os.path.exists(os.path.join(storage.local_path(config.target), MANIFEST)):
+            shutil.rmtree(storage.local_path(config.target), ignore_errors=True)
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def read_sources(
+    config: PrepareConfig,
+    sources: Sequence[Source | FrameSource],
+    layouts: list[Layout],
+    salt: int,
+    scratch: str,
+    console: Console,
+) -> Ingest:
+    """The read pass; DataError where too many rows are refused or none is left."""
+    with_time = all(layout.has_time for layout in layouts)
+    if not with_time and any(layout.has_time for layout in layouts):
+        console.info("not every source has timestamps: they are left out")
+    if not config.append and not with_time and config.split in ("last-n", "time") and not config.val:
+        raise UsageError(f"--split {config.split} needs timestamps, and the sources have none.")
+    rules = Rules(salt, config.rating_scale, with_time)
+    read = ingest(sources, layouts, rules, scratch, config.memory, console)
+    refused = read.num_rejected
+    if refused > config.max_rejected * read.num_in:
+        examples = "; ".join(read.examples[:3])
+        raise DataError(
+            f"{refused:,} of {read.num_in:,} rows are refused, more than --max-rejected {config.max_rejected:g} "
+            f"allows: {examples}. Mend the source, set --columns, or raise --max-rejected."
+        )
+    if read.rows.rows == 0:
+        raise DataError(f"{sources[0].shown} holds no rows of ratings.")
+    return read

@@ -1,0 +1,95 @@
+"""Blocks of checked rows, which every format becomes, and what ids, ratings and times may be.
+
+An id is its text: 7 in JSON or Parquet and "7" in CSV are one id, "007" is another. A whole float id (12.0, as
+pandas makes of integers beside a missing one) is "12"; other floats are their shortest decimal text. Timestamps are
+whole numbers as given (fractions are cut off); dates and times of Parquet become seconds since 1970.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mfdist.prepare import delimited_text
+from mfdist.prepare.ids import U64
+
+MAX_RAW_TEXT = 10_000
+REASONS = {
+    delimited_text.FIELDS: "wrong number of fields",
+    delimited_text.QUOTE: "quote that is not closed",
+    delimited_text.USER: "empty user id",
+    delimited_text.ITEM: "empty item id",
+    delimited_text.UTF8: "not valid UTF-8",
+}
+NOT_A_NUMBER, NOT_FINITE, BAD_TIME = "rating is not a number", "rating is not finite", "timestamp is not a number"
+OUT_OF_SCALE, NOT_JSON, MISSING = "rating is outside the scale", "not valid JSON", "missing field"
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+_NOT_FINITE = re.compile(r"(?i)\s*[+-]?(nan|inf|infinity)\s*")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How ids are hashed and ratings judged; ``scale`` None: any finite rating."""
+
+    salt: int
+    scale: tuple[float, float] | None
+    with_time: bool
+
+
+@dataclass
+class Block:
+    """Checked rows: (2, n) spans of user and item ids in ``content``, their hashes, ratings, times; and the refused.
+
+    ``rejects`` holds (line or row, counted from the block's first as 0; reason; raw text). ``lines`` is what the next
+    block's lines begin after.
+    """
+
+    content: npt.NDArray[np.uint8]
+    start: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]
+    rating: npt.NDArray[np.float32]
+    time: npt.NDArray[np.int64] | None
+    lines: int
+    num_in: int
+    rejects: list[tuple[int, str, str]] = field(default_factory=list)
+    hashes: list[tuple[U64, U64]] = field(default_factory=list)
+    packed_bytes: int = 0
+
+
+def parse_number(text: str) -> float | str:
+    """A finite decimal number, or the reason why it is none."""
+    if not _NUMBER.fullmatch(text):
+        return NOT_FINITE if _NOT_FINITE.fullmatch(text) else NOT_A_NUMBER
+    return float(text)
+
+
+def parse_time(text: str) -> int | None:
+    """A whole number of 64 bits, fractions cut off; None where it is none."""
+    if not _NUMBER.fullmatch(text):
+        return None
+    try:
+        value = int(text) if re.fullmatch(r"\s*[+-]?\d+\s*", text) else int(float(text))
+    except (OverflowError, ValueError):
+        return None
+    return value if -(2**63) <= value < 2**63 else None
+
+
+def judge(rating: npt.NDArray[np.float64], good: npt.NDArray[np.bool_], rules: Rules, where: Any,
+           rejects: list[tuple[int, str, str]]) -> npt.NDArray[np.bool_]:  # fmt: skip
+    """Which ratings are finite as float32 and inside the scale; the others are added to ``rejects``."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = np.isfinite(rating.astype(np.float32))
+        inside = (rating >= rules.scale[0]) & (rating <= rules.scale[1]) if rules.scale else finite
+    for i in np.flatnonzero(good & ~(finite & inside)):
+        line, raw = where(int(i))
+        rejects.append((line, OUT_OF_SCALE if finite[i] else NOT_FINITE, raw))
+    rejects.sort(key=lambda reject: reject[0])
+    return finite & inside
+
+
+def float_id(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(value)

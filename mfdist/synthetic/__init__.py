@@ -1,0 +1,5 @@
+"""Ratings with a known answer: planted models, the built-in dataset, a twin of the Electronics file.
+
+Enters: a preset, a number of rows, a seed. Leaves: a rating file and its noise floor, or the built-in dataset.
+May import: ``prepare``, ``data`` and the top level.
+"""

@@ -1,0 +1,186 @@
+"""The flags of training and what follows from them and a dataset; also which of them a resumed run may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from mfdist.config import flag, parse_pair, parse_range
+from mfdist.data.dataset import Manifest
+from mfdist.errors import UsageError
+from mfdist.model.models import Form, sigmoid_range
+from mfdist.model.objective import Objective
+from mfdist.model.optimizers import OPTIMIZERS, SCHEDULES, RowOptimizer
+
+
+def parse_row_l2(text: str) -> tuple[float, ...]:
+    """'6,4.5,5,6.5,8,35' as six numbers; two or four mean zero for the rest."""
+    parts = [float(part) for part in text.split(",")]
+    if len(parts) not in (2, 4, 6) or min(parts) < 0:
+        raise ValueError("expected two, four or six numbers of at least 0 with commas between them")
+    return (*parts, *[0.0] * (6 - len(parts)))
+
+
+def parse_cadence(text: str) -> str:
+    """'epoch', a number of steps such as '500', or minutes such as '10m'."""
+    if not re.fullmatch(r"epoch|[1-9]\d*m?", text):
+        raise ValueError("expected 'epoch', a number of steps such as 500, or minutes such as 10m")
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The flags of jobs/train.py; defaults are those of ``vignette_mf_advanced.toml``."""
+
+    data: str | None = flag(None, "dataset directory or URL; not set: a small built-in dataset under data/builtin")
+    run_dir: str | None = flag(None, "run directory or URL; not set: a new numbered folder under runs/")
+    model: str = flag("mf_advanced", "which model", choices=("mf", "mf_advanced"))
+    emb_dim: int = flag(32, "factors of a user and of an item", at_least=1)
+    optimizer: str = flag("adamw", "row optimizer; adamw is exact on untouched rows too", choices=OPTIMIZERS)
+    lr: float = flag(0.0005, "learning rate", above=0)
+    lr_schedule: str = flag("constant", "course of the learning rate; the others reach 0 at the end", choices=SCHEDULES)
+    weight_decay: float = flag(0.01, "decoupled weight decay: w <- w (1 - lr wd), every row, every step", at_least=0)
+    l2: tuple[float, float] = flag(
+        (0.0, 0.0), "FACTORS,BIASES: penalty in the loss, per rating, on its own rows", parse=parse_pair
+    )
+    row_l2: tuple[float, ...] | None = flag(
+        None, "penalty of a row, shared out among its ratings: factors of users, of items [, biases of users, of items "
+        "[, scales of users, of items]]; not set: none", parse=parse_row_l2
+    )  # fmt: skip
+    reduction: str = flag(
+        "mean", "loss of a step: the mean of its squared errors, or half their sum (then --lr is that of one rating)",
+        choices=("mean", "sum"),
+    )  # fmt: skip
+    members: int = flag(
+        0, "groups that the factors fall into, each fitted by itself with biases inside, their mean predicts; 0: none",
+        at_least=0,
+    )  # fmt: skip
+    offset: str = flag(
+        "learned", "mf_advanced's offset: learned from 0, or the mean of training", choices=("learned", "mean")
+    )
+    init_std: float | None = flag(
+        None, "factors begin as normal(0, this / sqrt(factors)), biases at 0; not set: as --no-init says", at_least=0
+    )
+    implicit: float = flag(
+        0.0, "weight of what a user rated, whatever the rating: factors plus this / sqrt(n) times the sum of those of "
+        "the user's n items; 0: none", at_least=0,
+    )  # fmt: skip
+    betas: tuple[float, float] = flag((0.9, 0.999), "Adam's decay rates of the two moments", parse=parse_pair)
+    eps: float = flag(1e-8, "added to the root of the second moment", at_least=1e-15)
+    batch_size: int = flag(8192, "ratings of a step, over all ranks", at_least=1)
+    epochs: int = flag(10, "passes over the training ratings", at_least=1)
+    max_minutes: float | None = flag(None, "stop with a checkpoint after this many minutes", above=0)
+    keep: int = flag(3, "checkpoints to keep", at_least=1)
+    keep_every: int | None = flag(None, "keep also every checkpoint whose step is a multiple of this", at_least=1)
+    seed: int = flag(42, "seed of initial values and batch order", at_least=0)
+    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    sharding: str = flag(
+        "auto",
+        "tables cut by rows over the ranks, or whole on each; auto is row, the faster at every size measured",
+        choices=("auto", "row", "replicated"),
+    )
+    wire_dtype: str = flag("fp32", "number format of item rows and gradients between ranks", choices=("fp32", "bf16"))
+    checkpoint_every: str = flag("5m", "'epoch', steps (500) or minutes (10m)", parse=parse_cadence)
+    resume: str = flag("auto", "auto, never, or the path of a checkpoint")
+    overwrite: bool = flag(False, "remove what the run directory holds and begin anew")
+    init_from: str | None = flag(None, "a finished run whose model this one begins with")
+    stop_fraction: float = flag(0.0, "share of training rows held out to choose the epoch", at_least=0, at_most=0.5)
+    patience: int | None = flag(None, "stop after this many epochs without progress on the stop rows", at_least=1)
+    cold: str = flag(
+        "own", "rows without training: their own initial values, or the known side only", choices=("own", "known-side")
+    )
+    no_sigmoid: bool = flag(False, "mf_advanced without its sigmoid")
+    no_bias: bool = flag(False, "mf_advanced without biases and offset")
+    no_init: bool = flag(False, "mf_advanced with normal(0, 1) initial values instead of uniform(0, 0.05)")
+    sigmoid_range: tuple[float, float] | None = flag(
+        None, "LOW,HIGH of the sigmoid; not set: the scale widened by half a step", parse=parse_range
+    )
+
+    def __post_init__(self) -> None:
+        plain = self.model == "mf"
+        for name in ("no_sigmoid", "no_bias", "no_init"):
+            if plain and getattr(self, name):
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is a switch of mf_advanced; mf has nothing to switch off."
+                )
+        if self.sigmoid_range and (plain or self.no_sigmoid):
+            raise UsageError("--sigmoid-range needs mf_advanced with its sigmoid.")
+        if self.cold == "known-side" and (plain or self.no_bias):
+            raise UsageError(
+                "--cold known-side needs the biases of mf_advanced: there is nothing else to fall back on."
+            )
+        if self.patience is not None and not self.stop_fraction:
+            raise UsageError("--patience watches the stop rows; give --stop-fraction too, such as 0.02.")
+        if (plain or self.no_bias or not self.no_sigmoid) and (self.members or self.offset == "mean"):
+            raise UsageError("--members and --offset mean need mf_advanced with biases and with --no-sigmoid.")
+        if self.members and (self.emb_dim % self.members or self.emb_dim // self.members < 3):
+            raise UsageError(
+                f"--members {self.members} needs an --emb-dim that it divides into groups of three or more factors."
+            )
+        if self.implicit and (self.optimizer != "sgd" or self.weight_decay or self.init_from):
+            raise UsageError("--implicit needs --optimizer sgd and --weight-decay 0, and no --init-from.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"--betas {self.betas[0]:g},{self.betas[1]:g}: both must be at least 0 and below 1.")
+        if min(self.l2) < 0:
+            raise UsageError("--l2: both numbers must be at least 0.")
+
+    def form(self, manifest: Manifest) -> Form:
+        """What predictions are computed from, on this dataset."""
+        advanced = self.model == "mf_advanced"
+        span = self.sigmoid_range or sigmoid_range(*manifest.rating_scale, manifest.rating_step)
+        return Form(
+            model=self.model, dim=self.emb_dim, bias=advanced and not self.no_bias, init=advanced and not self.no_init,
+            sigmoid_range=span if advanced and not self.no_sigmoid else None, members=self.members,
+            init_std=self.init_std, implicit=self.implicit,
+        )  # fmt: skip
+
+    def objective(self) -> Objective:
+        return Objective(reduction=self.reduction, l2=self.l2, row_l2=self.row_l2)
+
+    def row_optimizer(self, total_steps: int) -> RowOptimizer:
+        return RowOptimizer(
+            kind=self.optimizer, lr=self.lr, lr_schedule=self.lr_schedule, total_steps=total_steps,
+            weight_decay=self.weight_decay, betas=self.betas, eps=self.eps,
+        )  # fmt: skip
+
+
+MEANING = (
+    "model", "emb_dim", "optimizer", "lr", "lr_schedule", "weight_decay", "l2", "row_l2", "reduction", "members",
+    "offset", "init_std", "implicit", "betas", "eps", "batch_size", "seed", "wire_dtype", "init_from", "stop_fraction",
+    "cold", "no_sigmoid", "no_bias", "no_init", "sigmoid_range",
+)  # fmt: skip
+"""Keys that a resumed run may not change: they would make it another run."""
+PLACES = ("run_dir", "data", "resume", "overwrite")
+"""Keys that say where and how a run goes on, not what it is."""
+
+
+def changes(before: dict[str, Any], now: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Keys whose value differs from a stored configuration: {key: (then, now)}."""
+    after = dataclasses.asdict(now)
+    return {
+        key: (before[key], value)
+        for key, value in after.items()
+        if key in before and key not in PLACES and _plain(before[key]) != _plain(value)
+    }
+
+
+def check_changes(before: dict[str, Any], now: TrainConfig) -> list[str]:
+    """Lines that show what changed since the run began; UsageError where that would change its meaning."""
+    changed = changes(before, now)
+    lines = [f"{key.replace('_', '-')}: {then} -> {new}" for key, (then, new) in changed.items()]
+    refused = [key for key in changed if key in MEANING]
+    if "epochs" in changed and now.lr_schedule != "constant":
+        refused.append("epochs")
+    if refused:
+        shown = "; ".join(line for line in lines if line.split(":")[0].replace("-", "_") in refused)
+        raise UsageError(
+            f"this run was begun with another configuration ({shown}). "
+            "Give the old values, another --run-dir, or --overwrite."
+        )
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

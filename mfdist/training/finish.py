@@ -1,0 +1,139 @@
+"""The end of a run: the export of the epoch that counts, and the report.
+
+Every function is collective: every rank calls.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from mfdist import storage
+from mfdist.config import to_dict
+from mfdist.model.objective import ITEM, USER
+from mfdist.model.tables import ReplicatedTable, Table, stored_order
+from mfdist.results import export, report
+from mfdist.results.floors import floors
+from mfdist.run import checkpoint
+from mfdist.training.session import Session, chosen_epoch, load, wait_for_save
+
+BEST_ON_VAL = "best on validation (the vignette's convention)"
+
+
+def finish(session: Session) -> dict[str, Any]:
+    """Export the epoch that ``final`` reports and write the report."""
+    progress, config, world = session.progress, session.config, session.world
+    wait_for_save(session)
+    chosen = chosen_epoch(progress)
+    if chosen != len(progress.epochs) - 1:
+        folder = checkpoint.folder_of(session.run, (chosen + 1) * session.loader.num_steps)
+        load(session, folder)
+    export_model(session)
+    how = "lowest error on the stop rows" if progress.stop_rmse else "last epoch"
+    val = [summary["headline"]["val_rmse"] for summary in progress.summaries]
+    best = int(np.argmin([np.inf if v is None else v for v in val]))
+    peak = world.max([report.peak_rss(), torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0])
+    found = report.new_report(
+        job="train", model=config.model, manifest=session.dataset.manifest, world_size=world.size,
+        device=world.device.type, seed=config.seed, config=to_dict(config), epochs=progress.epochs,
+        final=report.result(chosen, progress.summaries[chosen]["headline"], how),
+        best_on_val=report.result(best, progress.summaries[best]["headline"], BEST_ON_VAL),
+        slices=progress.summaries[chosen]["slices"], floors=floors(session.dataset, world),
+        wall_seconds=progress.wall_seconds + time.monotonic() - session.started,
+        peak_rss_bytes=int(peak[0]), peak_device_bytes=int(peak[1]),
+    )  # fmt: skip
+    doubt = doubt_about(found, config.lr, config.epochs)
+    if doubt:
+        session.console.warn(doubt)
+    if world.is_main:
+        if doubt:
+            session.metrics.write("warning", step=progress.step, epoch=progress.epoch, text=doubt)
+        storage.remove(checkpoint.spare_of(session.run))
+        session.metrics.write("finish", step=progress.step, epoch=progress.epoch, wall_seconds=found["wall_seconds"])
+        session.metrics.publish()
+        _write_tensorboard(session)
+        report.write_report(session.run, found)
+    final = found["final"]
+    if final["val_rmse"] is not None:
+        session.console.info(
+            f"result (epoch {chosen + 1}, {how}): RMSE {final['val_rmse']:.4f}, MAE {final['val_mae']:.4f} on "
+            f"{found['dataset']['num_ratings']['val']:,} validation ratings; "
+            f"report: {storage.redact(session.run)}/report.html"
+        )
+    world.barrier()
+    return found
+
+
+def doubt_about(found: dict[str, Any], lr: float, epochs: int) -> str:
+    """Why the result of a report should not be believed in; '' where nothing speaks against it."""
+    rmse, floor = found["final"]["val_rmse_clipped"], found["floors"]["bias"]["rmse"]
+    if rmse is None or floor is None or rmse <= floor:
+        return ""
+    return (
+        f"RMSE {rmse:.4f} (clipped) is worse than {floor:.4f}, that of user and item biases alone: --lr {lr:g} is too "
+        f"high or too low for this data, or --epochs {epochs} too many or too few."
+    )
+
+
+def export_model(session: Session) -> None:
+    """RUN/model: rank 0 writes, the owners send their rows part by part."""
+    form, world = session.model.form, session.world
+    shapes: dict[str, tuple[tuple[int, ...], Iterable[Any]]] = {}
+    for side, table in (("user", session.model.user), ("item", session.model.item)):
+        rows = table.layout.num_rows
+        number = USER if side == "user" else ITEM
+        shapes[f"{side}_embedding"] = ((rows, form.dim), _chunks(session, table, number, biases=False))
+        if form.bias:
+            shapes[f"{side}_bias"] = ((rows,), _chunks(session, table, number, biases=True))
+    if session.model.offset is not None:
+        shapes["offset"] = ((1,), [session.model.offset.detach().cpu().numpy()])
+    about = {
+        "model": form.model, "dim": form.dim, "bias": form.bias, "sigmoid": form.sigmoid_range is not None,
+        "sigmoid_range": list(form.sigmoid_range) if form.sigmoid_range else None, "cold": session.config.cold,
+        "members": form.members,
+    }  # fmt: skip
+    if world.is_main:
+        export.write_model(session.run, shapes, about, session.dataset)
+    else:
+        for _, chunks in shapes.values():
+            for _ in chunks:
+                pass
+    world.barrier()
+
+
+def _chunks(session: Session, table: Table, side: int, *, biases: bool) -> Iterator[Any]:
+    """float32 chunks of an exported table in global row order, on rank 0; the others send it their rows."""
+    world, zero = session.world, session.config.cold == "known-side"
+    for part, first, end in stored_order(table.layout):
+        owner = 0 if isinstance(table, ReplicatedTable) else table.layout.owner_of_part(part)
+        if owner == world.rank:
+            start = int(table.local(torch.tensor([first]))[0])
+            embedding, bias = session.model.form.exported(side, table.current(start, start + end - first, zero))
+            rows = np.ascontiguousarray((bias if biases and bias is not None else embedding).numpy())
+            if world.is_main:
+                yield rows
+            else:
+                world.send(torch.from_numpy(rows), to=0)
+        elif world.is_main:
+            received = torch.empty((end - first,) if biases else (end - first, session.model.form.dim))
+            world.receive(received, owner)
+            yield received.numpy()
+
+
+def _write_tensorboard(session: Session) -> None:
+    """The curves for TensorBoard, once, from what metrics.jsonl holds; local run directories only."""
+    if not storage.is_local(session.run):
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = storage.join(storage.local_path(session.run), "tensorboard")
+    storage.remove(folder)
+    with SummaryWriter(folder) as writer:
+        for record in session.progress.epochs:
+            for key in ("train_rmse", "val_rmse", "val_mae", "ratings_per_second"):
+                if record[key] is not None:
+                    writer.add_scalar(key, record[key], record["epoch"])

@@ -1,0 +1,375 @@
+"""Training: from a prepared dataset to two tables, a report and an export, on any number of ranks.
+
+:func:`train` is the table of contents; :func:`train_step` is the step. Every function with a ``world`` or a session is
+collective: every rank calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from mfdist import storage
+from mfdist.cluster.world import World
+from mfdist.data.dataset import Dataset
+from mfdist.data.loader import Batch, Loader
+from mfdist.errors import DataError, DivergedError, MfdistError, StopRequested
+from mfdist.log import Console
+from mfdist.model.models import Scored
+from mfdist.model.objective import ITEM, USER
+from mfdist.run import directory
+from mfdist.run.lease import Lease
+from mfdist.training.config import TrainConfig, check_changes
+from mfdist.training.finish import finish
+from mfdist.training.session import (
+    Session,
+    build,
+    chosen_epoch,
+    look_after_save,
+    restore_or_initialise,
+    save,
+    wait_for_save,
+)
+from mfdist.training.stopping import StopWatch
+
+CHECK_SECONDS = 0.5
+"""About how often the ranks agree on whether to stop and look at the loss."""
+
+
+def train(config: TrainConfig, world: World, console: Console | None = None) -> dict[str, Any] | None:
+    """Run or continue a training run; returns the report (None where the run had finished before).
+
+    StopRequested (75) after a checkpoint; DivergedError (4) where the loss is no number; UsageError, DataError.
+    """
+    console = console or Console(world.is_main)
+    config = _with_places(config, world, console)
+    assert config.data is not None and config.run_dir is not None
+    dataset = Dataset.open(config.data)
+    if not dataset.manifest.num_ratings["train"]:
+        raise DataError(f"{storage.redact(dataset.path)} has no training ratings.")
+    with _hold(config.run_dir, world, console) as may_save:
+        if not _open_run(config, dataset, world, console):
+            return None
+        return _train(config, dataset, world, console, may_save)
+
+
+def _train(
+    config: TrainConfig, dataset: Dataset, world: World, console: Console, may_save: Callable[[], None]
+) -> dict[str, Any]:
+    watched = config.run_dir if world.is_main else None
+    with StopWatch(watched, config.max_minutes) as watch, _open_loader(config, dataset, world) as loader:
+        session = build(config, dataset, world, console, loader, may_save)
+        try:
+            restore_or_initialise(session)
+            for epoch in range(session.progress.epoch, config.epochs):
+                due = _train_epoch(session, epoch, watch)
+                _finish_epoch(session, epoch, due)
+                if _out_of_patience(session):
+                    break
+            return finish(session)
+        finally:
+            session.saver.close()
+            if session.fused:
+                session.fused.close()
+
+
+def train_step(session: Session, batch: Batch) -> torch.Tensor:
+    """One optimizer step on the global batch: returns this rank's sum of squared errors, float64, on its device.
+
+    The loss is the sum over all ranks' rows divided by their number; DDP's reduction adds, it does not average.
+    """
+    sum_of_squares = _fused_step(session, batch) if session.fused else _autograd_step(session, batch)
+    model, step = session.model, session.progress.step + 1
+    if model.offset is not None and model.offset.requires_grad:
+        assert model.offset.grad is not None
+        weight, grad = model.offset.data.view(1, 1), model.offset.grad.view(1, 1)
+        session.optimizer.update(weight, session.offset_state, grad, step)
+        grad.zero_()
+    session.progress.step, session.progress.step_in_epoch = step, batch.step + 1
+    return sum_of_squares
+
+
+def _fused_step(session: Session, batch: Batch) -> torch.Tensor:
+    """The tables move in forward; backward is the offset's."""
+    assert session.fused is not None
+    loss = session.replica(batch.user, batch.item, batch.rating, batch.global_rows)
+    if loss.requires_grad:
+        loss.backward()
+    return session.fused.squared_error
+
+
+def _autograd_step(session: Session, batch: Batch) -> torch.Tensor:
+    """The plain way: torch's autograd through the gathered rows, any device and placement."""
+    session.model.zero_grad(set_to_none=False)
+    form, share = session.model.form, None
+    if form.implicit:
+        assert session.shares is not None
+        share = torch.from_numpy(session.shares[USER]).to(batch.user.device)[session.model.user.local(batch.user)]
+    scored = session.replica(batch.user, batch.item, share)
+    errors = scored.predictions - batch.rating[:, None]
+    loss = errors.square().sum()
+    weight = session.objective.weight(batch.global_rows)
+    bags = None
+    if share is not None:
+        (slope,) = torch.autograd.grad(loss * weight, scored.scores, retain_graph=True)
+        bags = _through_bags(session, scored, share, slope)
+    if session.objective.penalised:
+        loss = loss + _penalty(session, batch, scored)
+    loss = loss * weight
+    (loss if bags is None else loss + bags).backward()
+    session.model.user.apply_gradient()
+    session.model.item.apply_gradient()
+    sum_of_squares: torch.Tensor = errors.detach().double().mean(dim=1).square().sum()
+    return sum_of_squares
+
+
+def _penalty(session: Session, batch: Batch, scored: Scored) -> torch.Tensor:
+    """What pulls the rows of each rating towards zero, see ``objective``."""
+    form, shares, total = session.model.form, session.shares, torch.zeros((), device=batch.rating.device)
+    assert shares is not None
+    local = session.model.user.local(batch.user)
+    weights = scored.user[:, : form.width], scored.item
+    for side, index, rows in ((USER, local, weights[USER]), (ITEM, batch.item, weights[ITEM])):
+        pulls = torch.from_numpy(session.objective.pulls(side, form.dim, form.width, form.members)).to(rows.device)
+        share = torch.from_numpy(shares[side]).to(rows.device)[index.long()]
+        total = total + ((pulls[0] + share[:, None] * pulls[1]) * rows.square()).sum()
+    return total
+
+
+def _through_bags(session: Session, scored: Scored, share: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """A loss whose gradient is, for items, what comes through the users' bags, and for bags and pulls what makes a step
+    of sgd their renewal (``Form.implicit``). ``slope`` (rows, members): the loss's derivative by the scores."""
+    form = session.model.form
+    end_of_bag = form.width + form.dim
+    item, bag, pull = scored.item[:, : form.dim], scored.user[:, form.width : end_of_bag], scored.user[:, end_of_bag:]
+    to_bag = form.implicit * share.sqrt()[:, None] * item.detach() * form.is_factor().to(share.device)
+    to_pull = to_bag * slope.repeat_interleave(form.part, dim=1)
+    renewal = ((to_bag - share[:, None] * bag.detach()) * bag).sum()
+    renewal = renewal + ((to_pull - share[:, None] * pull.detach()) * pull).sum()
+    rate = session.optimizer.rate(session.progress.step + 1)
+    total: torch.Tensor = ((pull.detach() - to_pull) * item).sum() - renewal / rate
+    return total
+
+
+# Setting up ---------------------------------------------------------------------------------------
+
+
+def _with_places(config: TrainConfig, world: World, console: Console) -> TrainConfig:
+    """The configuration with its data and run directories settled, the same on every rank."""
+    places: tuple[str, str] | Exception | None = None
+    if world.is_main:
+        try:
+            data = config.data or _builtin_data(console)
+            restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+            places = data, config.run_dir or directory.numbered(restarted)
+        except Exception as error:
+            places = error
+    settled: Any = world.broadcast(places)
+    if isinstance(settled, Exception):
+        raise settled
+    data, run = settled
+    if config.run_dir is None:
+        console.info(f"run directory: {run}")
+    return dataclasses.replace(config, data=data, run_dir=run)
+
+
+def _builtin_data(console: Console) -> str:
+    """Make the built-in dataset where it is missing: 200,000 synthetic ratings, prepared."""
+    path = directory.BUILTIN
+    if not storage.exists(storage.join(path, "dataset.json")):
+        console.info(f"making the built-in dataset (synthetic) under {path}")
+        from mfdist.synthetic.builtin import make_builtin
+
+        make_builtin(path)
+    return path
+
+
+@contextlib.contextmanager
+def _hold(run: str, world: World, console: Console) -> Iterator[Callable[[], None]]:
+    """Hold the run directory, by rank 0; yields what raises there once another job has taken it over."""
+    with contextlib.ExitStack() as stack:
+        lease = None
+        failure: Exception | None = None
+        if world.is_main:
+            try:
+                lease = stack.enter_context(Lease(run, console.info))
+            except MfdistError as error:
+                failure = error
+        failure = world.broadcast(failure)
+        if failure is not None:
+            raise failure
+        yield lease.check if lease else lambda: None
+
+
+def _open_run(config: TrainConfig, dataset: Dataset, world: World, console: Console) -> bool:
+    """Prepare the run directory on rank 0; False where the run had finished before."""
+    outcome: Any = None
+    assert config.run_dir is not None
+    if world.is_main:
+        try:
+            before = directory.prepare(
+                config.run_dir, config, dataset, job="train", resume=config.resume, overwrite=config.overwrite
+            )
+            lines = check_changes(before["config"], config) if before else []
+            done = directory.finished_epochs(config.run_dir)
+            finished = done is not None and (done >= config.epochs or _ended_early(config.run_dir))
+            if before and not finished:
+                directory.update(config.run_dir, config, dataset, "train")
+            outcome = (lines, finished)
+        except Exception as error:
+            outcome = error
+    outcome = world.broadcast(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    lines, finished = outcome
+    for line in lines:
+        console.info(f"changed since the run began: {line}")
+    if finished:
+        console.info(f"{storage.redact(config.run_dir)} has finished before; its report is report.html there.")
+    return not finished
+
+
+def _ended_early(run: str) -> bool:
+    """Whether a finished run ended by its patience: more epochs would not continue it."""
+    return bool(json.loads(storage.read_text(storage.join(run, "report.json")))["config"].get("patience"))
+
+
+def _open_loader(config: TrainConfig, dataset: Dataset, world: World) -> Loader:
+    return Loader(
+        dataset, batch_size=config.batch_size, seed=config.seed, rank=world.rank, world_size=world.size,
+        stop_fraction=config.stop_fraction, device=world.device, reduce=world.sum,
+    )  # fmt: skip
+
+
+# Running ------------------------------------------------------------------------------------------
+
+
+def _train_epoch(session: Session, epoch: int, watch: StopWatch) -> bool:
+    """Returns whether a checkpoint is due at its end."""
+    progress, began, waited = session.progress, time.monotonic(), session.loader.stats.wait_seconds
+    seconds_before = progress.seconds
+    pending: list[torch.Tensor] = []
+    shown, save_due = "", False
+    next_check, last_check = progress.step + 1, began
+    total = session.loader.num_rows
+    with session.console.progress(f"epoch {epoch + 1}/{session.config.epochs}", total, progress.rows) as bar:
+        for batch in session.loader.epoch(epoch, progress.step_in_epoch):
+            pending.append(train_step(session, batch))
+            progress.rows += batch.global_rows
+            bar.advance(batch.global_rows, shown)
+            due = _step_due(session)
+            if progress.step >= next_check or due or progress.step_in_epoch == session.loader.num_steps:
+                steps, spent = len(pending), time.monotonic() - last_check
+                reason, minutes_due, slowest = _check(session, pending, watch, spent)
+                pending, last_check = [], time.monotonic()
+                shown = f"rmse {(progress.squared_error / max(1, progress.rows)) ** 0.5:.4f}"
+                next_check = progress.step + max(1, min(50, int(CHECK_SECONDS * steps / max(slowest, 1e-6))))
+                progress.seconds = seconds_before + time.monotonic() - began
+                last = progress.step_in_epoch == session.loader.num_steps
+                if reason and not last:  # a whole epoch is evaluated first, and saved there
+                    _stop(session, reason, watch)
+                save_due = due or minutes_due
+                if save_due and not last:
+                    save(session)
+    progress.seconds = seconds_before + time.monotonic() - began
+    waited = session.loader.stats.wait_seconds - waited
+    session.metrics.write("data", step=progress.step, epoch=epoch, wait_seconds=waited, seconds=progress.seconds)
+    return save_due
+
+
+def _check(
+    session: Session, pending: list[torch.Tensor], watch: StopWatch, spent: float
+) -> tuple[str | None, bool, float]:
+    """One collective: add up the losses of the last steps, and agree on whether to stop or to save.
+
+    Returns (why to stop, a checkpoint by minutes is due, the slowest rank's seconds).
+    """
+    world, progress = session.world, session.progress
+    reason = watch.reason()
+    cadence = session.config.checkpoint_every
+    minutes_due = cadence.endswith("m") and time.monotonic() - session.saved_at >= 60 * int(cadence[:-1])
+    losses = torch.stack(pending).cpu().numpy()
+    summed = np.sum(world.gather(losses), axis=0)  # in rank order: a reduction's order varies with its length
+    flags = [float(reason is not None), float(minutes_due and world.is_main), spent, *session.saver.flags()]
+    stop, due, slowest, saving, failed = world.max(flags)
+    look_after_save(session, saving, failed)
+    bad = np.flatnonzero(~np.isfinite(summed))
+    if len(bad):
+        wait_for_save(session)
+        step = progress.step_in_epoch - len(pending) + int(bad[0])
+        last = directory.newest_checkpoint_step(session.run) if world.is_main else None
+        kept = f"; the checkpoint of step {last} is kept" if last is not None else ""
+        session.metrics.write("diverged", step=progress.step, epoch=progress.epoch, bad_step=step)
+        raise DivergedError(
+            f"the loss became NaN or infinite in epoch {progress.epoch + 1}, batch {step}{kept}. "
+            f"Lower --lr (now {session.config.lr:g}) and start a new run."
+        )
+    for value in summed:  # one by one: how many steps a check covers is a matter of time, the sum must not be
+        progress.squared_error += float(value)
+    if stop:
+        reason = next(text for text in world.gather(reason) if text)
+    return (reason if stop else None), bool(due), float(slowest)
+
+
+def _step_due(session: Session) -> bool:
+    cadence = session.config.checkpoint_every
+    return cadence.isdigit() and session.progress.step % int(cadence) == 0
+
+
+def _stop(session: Session, reason: str, watch: StopWatch) -> None:
+    save(session)
+    wait_for_save(session)
+    if session.world.is_main:
+        session.metrics.write("stop", step=session.progress.step, epoch=session.progress.epoch, reason=reason)
+        watch.clear_stop_file()
+    session.metrics.publish()
+    raise StopRequested(
+        f"{reason}; the checkpoint of step {session.progress.step} is written, run the same command again to go on."
+    )
+
+
+def _finish_epoch(session: Session, epoch: int, due: bool) -> None:
+    """Settle, evaluate, record, save where it is ``due``, or this is an epoch that is kept in any case."""
+    progress, config = session.progress, session.config
+    (session.fused or session.model).settle()
+    began = time.monotonic()
+    summary = session.validation.errors(session.model).summary()
+    record = {
+        "epoch": epoch,
+        "train_rmse": (progress.squared_error / max(1, progress.rows)) ** 0.5,
+        "val_rmse": summary["headline"]["val_rmse"],
+        "val_mae": summary["headline"]["val_mae"],
+        "seconds": progress.seconds,
+        "ratings_per_second": progress.rows / max(progress.seconds, 1e-9),
+    }
+    line = f"epoch {epoch + 1}/{config.epochs} | train rmse {record['train_rmse']:.4f}"
+    if record["val_rmse"] is not None:
+        line += f" | val rmse {record['val_rmse']:.4f} mae {record['val_mae']:.4f}"
+    if config.stop_fraction:
+        stop = session.validation.errors(session.model, "stop", config.stop_fraction, config.seed)
+        progress.stop_rmse.append(stop.summary()["headline"]["val_rmse"] or 0.0)
+        line += f" | stop rows {progress.stop_rmse[-1]:.4f}"
+    session.console.info(
+        f"{line} | {record['seconds']:.1f} s + {time.monotonic() - began:.1f} s to evaluate | "
+        f"{record['ratings_per_second'] / 1e6:.3f} M ratings/s"
+    )
+    progress.epochs.append(record)
+    progress.summaries.append(summary)
+    session.metrics.write("epoch", step=progress.step, **record)
+    progress.epoch, progress.step_in_epoch = epoch + 1, 0
+    progress.squared_error, progress.rows, progress.seconds = 0.0, 0, 0.0
+    if due or config.checkpoint_every == "epoch" or config.stop_fraction or progress.epoch == config.epochs:
+        save(session)
+
+
+def _out_of_patience(session: Session) -> bool:
+    patience = session.config.patience
+    return patience is not None and len(session.progress.epochs) - 1 - chosen_epoch(session.progress) >= patience

@@ -1,0 +1,67 @@
+"""The error of a model in training, on rows that it does not learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from mfdist.cluster.world import World
+from mfdist.data.batch_order import lanes_of_rank
+from mfdist.data.dataset import Dataset
+from mfdist.data.loader import scan
+from mfdist.metrics import SliceSums
+from mfdist.model.models import MF
+from mfdist.model.tables import Rows
+from mfdist.results.floors import LaneUsers
+
+CHUNK_ROWS = 1 << 18
+
+
+class Validation:
+    """Evaluates one model on one dataset again and again. ``zero_untouched``: known-side predictions of cold rows."""
+
+    def __init__(self, dataset: Dataset, world: World, zero_untouched: bool) -> None:
+        self._dataset, self._world, self._zero = dataset, world, zero_untouched
+        self._lanes = lanes_of_rank(len(dataset.manifest.lanes), world.rank, world.size)
+        self._item_cold = dataset.counts("items") == 0
+        self._places = {lane: LaneUsers(dataset, lane) for lane in self._lanes}
+        self._user_cold = {lane: place.counts(dataset) == 0 for lane, place in self._places.items()}
+
+    @torch.no_grad()
+    def errors(self, model: MF, split: str = "val", stop_fraction: float = 0.0, seed: int = 0) -> SliceSums:
+        """Error sums over all ranks' rows of ``split`` with the tables as they are (settled); every rank calls."""
+        low, high = self._dataset.manifest.rating_scale
+        sums = SliceSums(low, high, self._dataset.manifest.rating_step)
+        chunks = scan(self._dataset, split, self._lanes, stop_fraction=stop_fraction, seed=seed, chunk_rows=CHUNK_ROWS)
+        for chunk in self._in_step(iter(chunks)):
+            lane, user, item, rating = chunk[:4] if chunk else (None, *_nothing(self._dataset))
+            prediction = self._predict(model, user, item)
+            if lane is not None:
+                user_cold = self._user_cold[lane][self._places[lane].place(user)]
+                sums.add(prediction, rating, user_cold, self._item_cold[item])
+        total = self._world.sum(sums.values)
+        return SliceSums.from_values(total, low, high, self._dataset.manifest.rating_step)
+
+    def _in_step(self, chunks: Iterator[Any]) -> Iterator[Any]:
+        """This rank's chunks, then None until every rank is through: reading item rows is collective."""
+        while True:
+            chunk = next(chunks, None)
+            if not self._world.any(chunk is not None):
+                return
+            yield chunk
+
+    def _predict(self, model: MF, user: Any, item: Any) -> Any:
+        device = self._world.device
+        p = self._weights(model.user.read(torch.tensor(user, device=device)))
+        q = self._weights(model.item.read(torch.tensor(item, device=device)))
+        return model.form.rating_of_score(model.form.score(p, q, model.offset)).cpu().numpy()
+
+    def _weights(self, rows: Rows) -> torch.Tensor:
+        return torch.where(rows.last[:, None] > 0, rows.weight, 0.0) if self._zero else rows.weight
+
+
+def _nothing(dataset: Dataset) -> tuple[Any, Any, Any]:
+    return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
