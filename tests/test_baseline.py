@@ -84,8 +84,8 @@ def test_run_writes_what_train_writes(data: Prepared, tmp_path: Path, capsys: py
     assert "validation RMSE" in capsys.readouterr().out
     table = json.loads((tmp_path / "svd" / "report.json").read_text())
     assert set(table) == set(report.KEYS)
-    assert [epoch["epoch"] for epoch in table["epochs"]] == [0, 1, 2]
-    assert table["final"]["how_chosen"] == "last epoch" and table["final"]["epoch"] == 2
+    assert [epoch["epoch"] for epoch in table["epochs"]] == [1, 2, 3]
+    assert table["final"]["how_chosen"] == "last epoch" and table["final"]["epoch"] == 3
     assert table["floors"]["bias"]["rmse"] > 0 and table["slices"]["cold_item"]["rows"] > 0
     for name in ("config.toml", "metrics.jsonl", "report.html", "loss.png", "model/config.json", "model/README.md"):
         assert (tmp_path / "svd" / name).stat().st_size > 0, name

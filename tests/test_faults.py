@@ -340,7 +340,7 @@ def test_metrics_are_cut_at_the_restored_step(data, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records if record["kind"] == "checkpoint"]
     assert sorted(steps) == [9, 18, 27, 36, 45, 54, 60]
-    assert [record["epoch"] for record in records if record["kind"] == "epoch"] == [0, 1]
+    assert [record["epoch"] for record in records if record["kind"] == "epoch"] == [1, 2]
 
 
 # At random ----------------------------------------------------------------------------------------

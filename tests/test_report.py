@@ -33,7 +33,7 @@ def a_report(dataset, **changes):
         "job": "train", "model": "mf_advanced", "manifest": dataset.manifest, "world_size": 2, "device": "cpu",
         "seed": 1,
         "config": {"data": "<script>alert(1)</script>", "lr": 0.0005, "lr_schedule": None, "betas": (0.9, 0.999)},
-        "epochs": [an_epoch(0, 1.5, 1.4), an_epoch(1, 1.1, 1.3), an_epoch(2, 0.8, 1.35)],
+        "epochs": [an_epoch(1, 1.5, 1.4), an_epoch(2, 1.1, 1.3), an_epoch(3, 0.8, 1.35)],
         "final": reporting.result(2, HEADLINE, "last epoch"),
         "best_on_val": reporting.result(1, HEADLINE, reporting.BEST_CHOICE),
         "slices": SliceSums(1, 5, 1).summary()["slices"],

@@ -104,7 +104,7 @@ def _epochs(fitted: FittedSVD, end: float, headline: dict[str, Any]) -> list[dic
     for epoch, seconds in enumerate(after - before for before, after in itertools.pairwise([*starts, end])):
         last = epoch == len(starts) - 1
         entries.append({
-            "epoch": epoch, "train_rmse": None, "val_rmse": headline["val_rmse"] if last else None,
+            "epoch": epoch + 1, "train_rmse": None, "val_rmse": headline["val_rmse"] if last else None,
             "val_mae": headline["val_mae"] if last else None, "seconds": seconds,
             "ratings_per_second": fitted.trainset.n_ratings / max(seconds, 1e-9),
         })  # fmt: skip
@@ -119,8 +119,8 @@ def _report(
     return report.new_report(
         job=JOB, model="svd", manifest=dataset.manifest, world_size=1, device="cpu", seed=config.seed,
         config=to_dict(config), epochs=epochs,
-        final=report.result(config.epochs - 1, summary["headline"], "last epoch"),
-        best_on_val=report.result(config.epochs - 1, summary["headline"], "last epoch: Surprise measures no other"),
+        final=report.result(config.epochs, summary["headline"], "last epoch"),
+        best_on_val=report.result(config.epochs, summary["headline"], "last epoch: Surprise measures no other"),
         slices=summary["slices"],
         floors=floors(dataset, World.alone()) if whole else {},  # they are of all rows, not of the sample's
         wall_seconds=time.monotonic() - began,

@@ -83,7 +83,7 @@ def new_report(
 
 
 def result(epoch: int, headline: Mapping[str, Any], how_chosen: str) -> dict[str, Any]:
-    """``final`` or ``best_on_val``: an epoch, SliceSums.summary()["headline"] of it, and why this epoch."""
+    """``final`` or ``best_on_val``: an epoch (from 1), SliceSums.summary()["headline"] of it, and why this epoch."""
     return {"epoch": epoch, **headline, "how_chosen": how_chosen}
 
 

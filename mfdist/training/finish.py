@@ -40,8 +40,8 @@ def finish(session: Session) -> dict[str, Any]:
     found = report.new_report(
         job="train", model=config.model, manifest=session.dataset.manifest, world_size=world.size,
         device=world.device.type, seed=config.seed, config=to_dict(config), epochs=progress.epochs,
-        final=report.result(chosen, progress.summaries[chosen]["headline"], how),
-        best_on_val=report.result(best, progress.summaries[best]["headline"], BEST_ON_VAL),
+        final=report.result(chosen + 1, progress.summaries[chosen]["headline"], how),
+        best_on_val=report.result(best + 1, progress.summaries[best]["headline"], BEST_ON_VAL),
         slices=progress.summaries[chosen]["slices"], floors=floors(session.dataset, world),
         wall_seconds=progress.wall_seconds + time.monotonic() - session.started,
         peak_rss_bytes=int(peak[0]), peak_device_bytes=int(peak[1]),
@@ -51,9 +51,9 @@ def finish(session: Session) -> dict[str, Any]:
         session.console.warn(doubt)
     if world.is_main:
         if doubt:
-            session.metrics.write("warning", step=progress.step, epoch=progress.epoch, text=doubt)
+            session.metrics.write("warning", step=progress.step, epoch=progress.shown_epoch, text=doubt)
         storage.remove(checkpoint.spare_of(session.run))
-        session.metrics.write("finish", step=progress.step, epoch=progress.epoch, wall_seconds=found["wall_seconds"])
+        session.metrics.write("finish", step=progress.step, epoch=progress.shown_epoch, wall_seconds=found["wall_seconds"])
         session.metrics.publish()
         _write_tensorboard(session)
         report.write_report(session.run, found)

@@ -59,6 +59,11 @@ class Progress:
     stop_rmse: list[float] = field(default_factory=list)
     wall_seconds: float = 0.0
 
+    @property
+    def shown_epoch(self) -> int:
+        """The epoch of the last step, from 1, as people and files count; 1 before the first step."""
+        return max(1, self.epoch + (self.step_in_epoch > 0))
+
 
 @dataclass
 class Session:
@@ -176,7 +181,7 @@ def restore_or_initialise(session: Session) -> None:
     path = storage.join(run, "metrics.jsonl") if world.is_main else None
     session.metrics = MetricsLog(path, session.progress.step if folder else None)
     kind = "resume" if folder else "start"
-    session.metrics.write(kind, step=session.progress.step, epoch=session.progress.epoch, world_size=world.size)
+    session.metrics.write(kind, step=session.progress.step, epoch=session.progress.shown_epoch, world_size=world.size)
 
 
 def _restore(session: Session, folder: str) -> None:
@@ -352,7 +357,7 @@ def _record(session: Session, done: dict[str, Any] | None) -> None:
         return
     if warning := done.pop("warning", None):
         session.console.warn(warning)
-    session.metrics.write("checkpoint", epoch=session.progress.epoch, **done)
+    session.metrics.write("checkpoint", epoch=session.progress.shown_epoch, **done)
     session.metrics.publish()
 
 

@@ -281,7 +281,7 @@ def _train_epoch(session: Session, epoch: int, watch: StopWatch) -> bool:
                     save(session)
     progress.seconds = seconds_before + time.monotonic() - began
     waited = session.loader.stats.wait_seconds - waited
-    session.metrics.write("data", step=progress.step, epoch=epoch, wait_seconds=waited, seconds=progress.seconds)
+    session.metrics.write("data", step=progress.step, epoch=epoch + 1, wait_seconds=waited, seconds=progress.seconds)
     return save_due
 
 
@@ -307,7 +307,7 @@ def _check(
         step = progress.step_in_epoch - len(pending) + int(bad[0])
         last = directory.newest_checkpoint_step(session.run) if world.is_main else None
         kept = f"; the checkpoint of step {last} is kept" if last is not None else ""
-        session.metrics.write("diverged", step=progress.step, epoch=progress.epoch, bad_step=step)
+        session.metrics.write("diverged", step=progress.step, epoch=progress.epoch + 1, bad_step=step)
         raise DivergedError(
             f"the loss became NaN or infinite in epoch {progress.epoch + 1}, batch {step}{kept}. "
             f"Lower --lr (now {session.config.lr:g}) and start a new run."
@@ -328,7 +328,7 @@ def _stop(session: Session, reason: str, watch: StopWatch) -> None:
     save(session)
     wait_for_save(session)
     if session.world.is_main:
-        session.metrics.write("stop", step=session.progress.step, epoch=session.progress.epoch, reason=reason)
+        session.metrics.write("stop", step=session.progress.step, epoch=session.progress.shown_epoch, reason=reason)
         watch.clear_stop_file()
     session.metrics.publish()
     raise StopRequested(
@@ -343,7 +343,7 @@ def _finish_epoch(session: Session, epoch: int, due: bool) -> None:
     began = time.monotonic()
     summary = session.validation.errors(session.model).summary()
     record = {
-        "epoch": epoch,
+        "epoch": epoch + 1,
         "train_rmse": (progress.squared_error / max(1, progress.rows)) ** 0.5,
         "val_rmse": summary["headline"]["val_rmse"],
         "val_mae": summary["headline"]["val_mae"],
