@@ -17,10 +17,10 @@ import pyarrow as pa
 
 from mfdist.data.dataset import Dataset
 from mfdist.errors import UsageError
-from mfdist.results.evaluate import dataset_of_run
 from mfdist.results.export import ExportedModel
-from mfdist.results.ranking import seen_items, top_items
-from mfdist.results.recommend import check_dataset, refuse_unknown, table_of
+from mfdist.results.recommend import refuse_unknown, table_of
+from mfdist.results.top_items import TopItems, seen_items
+from mfdist.results.trained_on import check_dataset, dataset_of_run
 
 if TYPE_CHECKING:
     from mfdist.prepare.prepare import prepare_frame
@@ -72,7 +72,7 @@ class Model:
         rows = self.exported.rows_of("users", names)
         refuse_unknown(self.exported, [name for name, row in zip(names, rows.tolist(), strict=True) if row < 0])
         if not exclude_seen:
-            items, ratings = top_items(self.exported, rows, k)
+            items, ratings = TopItems(self.exported).of(rows, k)
             return table_of(self.exported, pa.array(names, pa.string()), items, ratings)
         dataset = Dataset.open(data or dataset_of_run(self.exported.run))
         check_dataset(self.exported, dataset)
@@ -82,10 +82,11 @@ class Model:
         """Lane by lane, each lane read once; then back in the order asked for."""
         items = np.full((len(rows), k), -1, np.int64)
         ratings = np.full((len(rows), k), np.nan)
+        top = TopItems(self.exported)
         for lane, places in _by_lane(dataset, rows):
             unique, back = np.unique(rows[places], return_inverse=True)
             seen = None if lane is None else seen_items(dataset, lane, unique)
-            found, score = top_items(self.exported, unique, k, seen)
+            found, score = top.of(unique, k, seen)
             items[places], ratings[places] = found[back], score[back]
         return table_of(self.exported, pa.array(names, pa.string()), items, ratings)
 

@@ -21,7 +21,9 @@ from mfdist.errors import ComparisonError, DataError, UsageError
 from mfdist.metrics import in_sample
 from mfdist.results.evaluate import EvaluateConfig, check_required, deciles, evaluate_runs, floors, format_table
 from mfdist.results.export import ExportedModel, write_model
-from mfdist.results.ranking import Seen, gains, rank_metrics, seen_items, top_items
+from mfdist.results.item_lists import ItemLists
+from mfdist.results.ranking import gains, rank_metrics
+from mfdist.results.top_items import TopItems, seen_items
 
 JOBS = Path(__file__).parent.parent / "jobs"
 
@@ -352,10 +354,9 @@ def brute_force(model, users, k, hidden):
     return np.array(found)
 
 
-@pytest.mark.parametrize("block", [7, 1 << 15])
+@pytest.mark.parametrize("block", [7, 1020])
 def test_top_items_are_those_of_all_pairs(tmp_path, dataset, monkeypatch, block):
-    monkeypatch.setattr("mfdist.results.ranking.ITEM_BLOCK", block)
-    monkeypatch.setattr("mfdist.results.ranking.USER_BLOCK", block)
+    monkeypatch.setattr("mfdist.results.item_index.BATCH_USERS", block)
     write_run(tmp_path / "run", dataset)
     model = ExportedModel.open(str(tmp_path / "run"))
     first, end = dataset.manifest.lanes[1].user_ranges[0]
@@ -363,7 +364,7 @@ def test_top_items_are_those_of_all_pairs(tmp_path, dataset, monkeypatch, block)
     seen = seen_items(dataset, 1, users)
     rows = training_rows(dataset).astype(int)
     hidden = {user: set(rows[rows[:, 0] == user][:, 1]) for user in users}
-    items, rating = top_items(model, users, 10, seen)
+    items, rating = TopItems(model).of(users, 10, seen)
     assert items.tolist() == brute_force(model, users, 10, hidden).tolist()
     flat_user = np.repeat(users, 10)
     np.testing.assert_allclose(rating.ravel(), model.predict(flat_user, items.ravel()), atol=1e-6)
@@ -371,12 +372,12 @@ def test_top_items_are_those_of_all_pairs(tmp_path, dataset, monkeypatch, block)
 
 def test_more_than_all_items_fill_up(tmp_path, dataset):
     write_run(tmp_path / "run", dataset)
-    items, rating = top_items(ExportedModel.open(str(tmp_path / "run")), np.array([0]), 100)
+    items, rating = TopItems(ExportedModel.open(str(tmp_path / "run"))).of(np.array([0]), 100)
     assert sorted(items[0][:90]) == list(range(90)) and (items[0][90:] == -1).all() and np.isnan(rating[0][90:]).all()
 
 
 def test_gains_by_hand():
-    relevant = Seen(np.array([0, 2, 3]), np.array([7, 9, 4]))
+    relevant = ItemLists(np.array([0, 2, 3]), np.array([7, 9, 4]))
     ndcg, recall = gains(np.array([[9, 1, 7], [1, 2, 3]]), relevant, 3)
     assert ndcg == pytest.approx((1 + 1 / np.log2(4)) / (1 + 1 / np.log2(3))) and recall == 1.0
 

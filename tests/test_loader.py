@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from mfdist.data import shuffle
 from mfdist.data.batch_order import lanes_of_rank
 from mfdist.data.dataset import Dataset
-from mfdist.data.loader import Batch, Loader, scan
+from mfdist.data.loader import Batch, Loader
+from mfdist.data.scan import scan
 from mfdist.errors import DataError, UsageError
 
 GOLDEN = Path(__file__).parent / "golden" / "batches.json"

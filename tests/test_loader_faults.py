@@ -24,8 +24,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from mfdist.data import loader as loader_module
 from mfdist.data import row_groups
 from mfdist.data.dataset import Dataset
-from mfdist.data.loader import Loader, scan
+from mfdist.data.loader import Loader
 from mfdist.data.prefetch import Prefetcher
+from mfdist.data.scan import scan
 from mfdist.errors import DataError
 
 RANGES = [(0, 100)]

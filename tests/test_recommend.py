@@ -148,12 +148,12 @@ def test_seen_items_of_another_dataset_are_refused(tmp_path, run):
 
 @pytest.mark.parametrize("flag", ["run_dir", "out"])
 def test_required_flags(flag):
-    with pytest.raises(UsageError, match=f"--{flag}"):
+    with pytest.raises(UsageError, match=f"--{flag.replace('_', '-')}"):
         RecommendConfig(**({"run_dir": "r", "out": "o"} | {flag: ""}))
 
 
 def test_a_failing_rank_leaves_nothing(tmp_path, run, monkeypatch):
-    monkeypatch.setattr("mfdist.results.recommend.top_items", lambda *_: (_ for _ in ()).throw(OSError("broken")))
+    monkeypatch.setattr("mfdist.results.recommend.TopItems.of", lambda *_: (_ for _ in ()).throw(OSError("broken")))
     with pytest.raises(OSError, match="broken"):
         recommend(RecommendConfig(run_dir=run, out=str(tmp_path / "out.parquet")), World.alone(), None)
     assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]

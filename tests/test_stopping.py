@@ -13,8 +13,8 @@ from mfdist.cluster.world import World
 from mfdist.errors import StopRequested, exit_code_of, redact
 from mfdist.log import Console
 from mfdist.run import checkpoint
+from mfdist.run.stopping import DEADLINE_MARGIN_SECONDS, StopWatch
 from mfdist.training.config import TrainConfig
-from mfdist.training.stopping import DEADLINE_MARGIN_SECONDS, StopWatch
 from mfdist.training.train import train
 
 QUIET = Console(speaks=False)

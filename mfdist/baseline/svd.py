@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfdist.data.dataset import Dataset
-from mfdist.data.loader import scan
+from mfdist.data.scan import scan
 from mfdist.errors import MfdistError, UsageError
 from mfdist.metrics import in_sample
 

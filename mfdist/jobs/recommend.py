@@ -17,8 +17,8 @@ from mfdist.cluster.world import World
 from mfdist.config import parse_config
 from mfdist.data.dataset import Dataset
 from mfdist.errors import exit_code_of
-from mfdist.results.evaluate import dataset_of_run
 from mfdist.results.recommend import RecommendConfig, recommend
+from mfdist.results.trained_on import dataset_of_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,8 @@ from mfdist.config import flag
 from mfdist.data.batch_blocks import AHEAD_BYTES
 from mfdist.data.batch_order import lanes_of_rank
 from mfdist.data.dataset import Dataset, Manifest
-from mfdist.data.loader import available_bytes, id_dtype, ranks_here
+from mfdist.data.loader import available_bytes, ranks_here
+from mfdist.data.scan import id_dtype
 from mfdist.errors import UsageError
 from mfdist.kernels import stride_of
 from mfdist.model.objective import ITEM, USER

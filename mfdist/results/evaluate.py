@@ -8,7 +8,6 @@ interval (``metrics.bootstrap_interval``): "better" means that the whole interva
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,16 +20,12 @@ from mfdist.cluster.world import World
 from mfdist.config import flag, positional
 from mfdist.data.batch_order import lanes_of_rank
 from mfdist.data.dataset import Dataset
-from mfdist.errors import ComparisonError, DataError, UsageError
+from mfdist.errors import ComparisonError, UsageError
 from mfdist.metrics import SliceSums
 from mfdist.results.export import ExportedModel
 from mfdist.results.floors import LaneUsers, floors, lane_rows
 from mfdist.results.ranking import rank_metrics
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from mfdist.results.trained_on import dataset_of_run, sample_of_run
 
 __all__ = ["EvaluateConfig", "check_required", "evaluate_runs", "floors", "format_table"]
 
@@ -88,30 +83,6 @@ def evaluate_runs(config: EvaluateConfig, world: World) -> dict[str, Any]:
         "runs": table,
         "comparisons": [_comparison(config, table, sums, other) for other in range(1, len(models))],
     }  # fmt: skip
-
-
-def dataset_of_run(run: str) -> str:
-    """The dataset directory that RUN/config.toml names; UsageError where it names none that is there."""
-    data = _run_config(run).get("data")
-    if data is None:
-        raise UsageError(f"{storage.redact(run)} does not say which dataset it was trained on; give --data DIR.")
-    if not storage.exists(storage.join(data, "dataset.json")):
-        raise UsageError(f"{storage.redact(run)} was trained on {data}, which is not there now; give --data DIR.")
-    return str(data)
-
-
-def sample_of_run(run: str) -> float:
-    """The fraction of the users whose rows the run was made on; 1 unless RUN/config.toml says less."""
-    return float(_run_config(run).get("sample-users", 1.0))
-
-
-def _run_config(run: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(storage.read_text(storage.join(run, "config.toml")))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except tomllib.TOMLDecodeError as error:
-        raise DataError(f"{storage.redact(run)}/config.toml is not valid TOML: {error}.") from None
 
 
 def check_required(config: EvaluateConfig, result: dict[str, Any]) -> None:

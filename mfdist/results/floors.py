@@ -21,7 +21,7 @@ import numpy.typing as npt
 from mfdist.cluster.world import World
 from mfdist.data.batch_order import lanes_of_rank
 from mfdist.data.dataset import Dataset
-from mfdist.data.loader import scan
+from mfdist.data.scan import scan
 from mfdist.metrics import clip_to_scale, in_sample, mae, rmse
 
 REG_USER, REG_ITEM, EPOCHS = 15.0, 10.0, 10

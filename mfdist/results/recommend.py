@@ -27,7 +27,8 @@ from mfdist.config import flag
 from mfdist.data.dataset import Dataset
 from mfdist.errors import UsageError
 from mfdist.results.export import ExportedModel
-from mfdist.results.ranking import seen_items, top_items
+from mfdist.results.top_items import TopItems, seen_items
+from mfdist.results.trained_on import check_dataset
 
 SEGMENT_ROWS = 1 << 16
 BATCH_USERS = 4096
@@ -69,6 +70,7 @@ def recommend(config: RecommendConfig, world: World, dataset: Dataset | None) ->
         check_dataset(model, dataset)
     segments = _segments(model, dataset, _wanted(config, model))
     mine = _share([len(segment.users) for segment in segments], world.rank, world.size)
+    top = TopItems(model, device=world.device)
     single = config.out.endswith(".parquet")
     part = (
         f"{config.out}.part-{world.rank:05d}" if single else storage.join(config.out, f"part-{world.rank:05d}.parquet")
@@ -79,7 +81,7 @@ def recommend(config: RecommendConfig, world: World, dataset: Dataset | None) ->
     try:
         with storage.open_write(part) as stream, pq.ParquetWriter(stream, SCHEMA, compression="zstd") as writer:
             for number in mine:
-                for table in _tables(model, segments[number], config.top_k, dataset, world.device):
+                for table in _tables(model, top, segments[number], config.top_k, dataset):
                     writer.write_table(table)
         world.barrier()
         if single and world.is_main:
@@ -89,13 +91,6 @@ def recommend(config: RecommendConfig, world: World, dataset: Dataset | None) ->
         if single:
             storage.remove(part)
     return sum(len(segment.users) for segment in segments)
-
-
-def check_dataset(model: ExportedModel, dataset: Dataset) -> None:
-    """UsageError where the model's rows are not the dataset's."""
-    if model.config["dataset"]["fingerprint"] != dataset.manifest.fingerprint:
-        raise UsageError(f"{storage.redact(model.run)} was not trained on {storage.redact(dataset.path)}; its seen "
-                         "items would be those of others. Give the dataset of the run with --data.")  # fmt: skip
 
 
 def table_of(model: ExportedModel, user_ids: pa.Array, items: Ints, ratings: npt.NDArray[np.float64]) -> pa.Table:
@@ -180,7 +175,9 @@ def _share(sizes: Sequence[int], rank: int, world_size: int) -> range:
 # Writing ------------------------------------------------------------------------------------------
 
 
-def _tables(model: ExportedModel, segment: Segment, k: int, dataset: Dataset | None, device: Any) -> Iterator[pa.Table]:
+def _tables(
+    model: ExportedModel, top: TopItems, segment: Segment, k: int, dataset: Dataset | None
+) -> Iterator[pa.Table]:
     if not len(segment.users):
         return
     ids = segment.ids if segment.ids is not None else _ids_between(model, segment.users)
@@ -190,7 +187,7 @@ def _tables(model: ExportedModel, segment: Segment, k: int, dataset: Dataset | N
     for first in range(0, len(segment.users), BATCH_USERS):
         batch = slice(first, min(first + BATCH_USERS, len(segment.users)))
         users = segment.users[batch]
-        items, ratings = top_items(model, users, k, None if seen is None else seen.cut(batch), device)
+        items, ratings = top.of(users, k, None if seen is None else seen.cut(batch))
         yield table_of(model, pa.array(ids[batch], pa.string()), items, ratings)
 
 

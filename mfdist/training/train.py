@@ -27,6 +27,7 @@ from mfdist.model.models import Scored
 from mfdist.model.objective import ITEM, USER
 from mfdist.run import directory
 from mfdist.run.lease import Lease
+from mfdist.run.stopping import StopWatch
 from mfdist.training.config import TrainConfig, check_changes
 from mfdist.training.finish import finish
 from mfdist.training.session import (
@@ -38,7 +39,6 @@ from mfdist.training.session import (
     save,
     wait_for_save,
 )
-from mfdist.training.stopping import StopWatch
 
 CHECK_SECONDS = 0.5
 """About how often the ranks agree on whether to stop and look at the loss."""

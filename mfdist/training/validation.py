@@ -11,7 +11,7 @@ import torch
 from mfdist.cluster.world import World
 from mfdist.data.batch_order import lanes_of_rank
 from mfdist.data.dataset import Dataset
-from mfdist.data.loader import scan
+from mfdist.data.scan import scan
 from mfdist.metrics import SliceSums
 from mfdist.model.models import MF
 from mfdist.model.tables import Rows
