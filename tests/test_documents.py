@@ -17,7 +17,12 @@ DOCUMENTS = sorted(
 )
 COMMAND = re.compile(r"    (python|torchrun|mfdist|[A-Z_]+=|kubectl|docker|scripts/|pip)\b")
 COMMANDS = sorted(
-    {line.strip() for document in DOCUMENTS for line in (ROOT / document).read_text().splitlines() if COMMAND.match(line)}
+    {
+        line.strip()
+        for document in DOCUMENTS
+        for line in (ROOT / document).read_text().splitlines()
+        if COMMAND.match(line)
+    }
 )
 
 

@@ -53,7 +53,9 @@ def finish(session: Session) -> dict[str, Any]:
         if doubt:
             session.metrics.write("warning", step=progress.step, epoch=progress.shown_epoch, text=doubt)
         storage.remove(checkpoint.spare_of(session.run))
-        session.metrics.write("finish", step=progress.step, epoch=progress.shown_epoch, wall_seconds=found["wall_seconds"])
+        session.metrics.write(
+            "finish", step=progress.step, epoch=progress.shown_epoch, wall_seconds=found["wall_seconds"]
+        )
         session.metrics.publish()
         _write_tensorboard(session)
         report.write_report(session.run, found)
