@@ -80,7 +80,7 @@ class Progress:
 
 
 class MetricsLog:
-    """``RUN/metrics.jsonl``, a record a line: {"kind", "step", "epoch" (from 1), ...}; nothing is written with path None.
+    """``RUN/metrics.jsonl``, a record a line: {"kind", "step", "epoch" (from 1), ...}; path None: nothing is written.
 
     On an object store appending can mean overwriting, so there the records are kept in memory and the whole
     file is uploaded by :meth:`publish`, which a run calls at each checkpoint and at its end.
