@@ -1,4 +1,4 @@
-"""Item rows through shared memory and through the process group: the same bits, and no wait for a rank that is gone."""
+"""Item rows by shared memory, sockets and the process group: the same bits, and no wait for a rank that is gone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from datasets import make_dataset
 from ranks import _child, run_ranks
 from test_train import config, curve, exported, train_all
 
-from mfdist.cluster import shared_memory
+from mfdist.cluster import connecting, shared_memory
 from mfdist.cluster.shared_memory import SharedMemory
 from mfdist.cluster.world import World
 from mfdist.data.dataset import Dataset
@@ -26,7 +26,7 @@ from mfdist.log import Console
 from mfdist.model import cpu_step, exchange
 from mfdist.model.models import ITEM_TABLE
 from mfdist.training.session import build
-from mfdist.training.train import _open_loader, train_step
+from mfdist.training.train import _open_loader, batches_of, train_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 CASES = {
@@ -43,71 +43,162 @@ def data(tmp_path_factory):
     return path
 
 
+WAYS = {
+    "memory": ("memory that the ranks share", 1),  # it has to grow
+    "threads": ("memory that the ranks share", 2),
+    "sockets": ("sockets between the ranks of {ranks} hosts", 1),
+    "sockets, threads": ("sockets between the ranks of {ranks} hosts", 2),
+    "hosts of two": ("sockets between the ranks of 2 hosts", 2),
+    "group": ("the process group", 1),
+}
+
+
+def go_by(world, way):
+    """Make ``world`` go this way from now on."""
+    world.may_share = not way.startswith("sockets") and way != "group"
+    world.may_connect = way != "group"
+    place = {"hosts of two": world.rank // 2, "sockets": world.rank, "sockets, threads": world.rank}.get(way, 0)
+    shared_memory.here = connecting.here = lambda: ("host", str(place))
+    torch.set_num_threads(WAYS[way][1])
+
+
 def train_each_way(world, data, folder):
-    """Every case through memory that has to grow, the same with two threads, and through the group."""
+    """Every case every way, those that look ahead with batches at hand and without."""
     exchange.FIRST_LINES, cpu_step.PARALLEL_ROWS = 4, 1
-    for way, may_share, threads in (("memory", True, 1), ("threads", True, 2), ("group", False, 1)):
-        world.may_share = may_share
-        torch.set_num_threads(threads)
+    found = {}
+    for way in ways_of(world.size):
+        go_by(world, way)
         train_all(world, [config(data, f"{folder}/{way}-{name}", **case) for name, case in CASES.items()])
+        found[way] = transport(world, config(data, f"{folder}/{way}-name"))
+    follow = cpu_step.FusedStep.follow
+    go_by(world, "sockets")
+    cpu_step.FusedStep.follow = lambda self, batches: iter(batches)
+    train_all(world, [config(data, f"{folder}/one by one-{name}", **case) for name, case in CASES.items()])
+    cpu_step.FusedStep.follow = follow
+    return found
+
+
+def ways_of(ranks):
+    return [way for way in WAYS if way != "hosts of two" or ranks > 2]
 
 
 @pytest.mark.timeout(900)  # the first one compiles
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_both_ways_give_the_same_bits(data, tmp_path, ranks):
-    run_ranks(ranks, train_each_way, data, str(tmp_path), timeout=800.0)
+def test_every_way_gives_the_same_bits(data, tmp_path, ranks):
+    names = run_ranks(ranks, train_each_way, data, str(tmp_path), timeout=800.0)[0]
+    assert names == {way: WAYS[way][0].format(ranks=ranks) for way in ways_of(ranks)}
     for name in CASES:
-        first, second, third = (exported(f"{tmp_path}/{way}-{name}") for way in ("memory", "threads", "group"))
-        for key, tensor in first.items():
-            assert (tensor == second[key]).all() and (tensor == third[key]).all(), (name, key)
+        first = exported(f"{tmp_path}/memory-{name}")
+        for way in (*ways_of(ranks)[1:], "one by one"):
+            for key, tensor in exported(f"{tmp_path}/{way}-{name}").items():
+                assert (first[key] == tensor).all(), (way, name, key)
+
+
+def an_epoch(world, c, left_after=None, on_each=lambda session, batch: None):
+    """Steps of an epoch, without the bookkeeping of a training: their losses, and the session.
+
+    ``left_after``: the epoch is left after so many steps, and entered again there."""
+    dataset = Dataset.open(c.data)
+    with _open_loader(c, dataset, world) as loader:
+        session = build(c, dataset, world, Console(False), loader)
+        for table, number in ((session.model.user, 0), (session.model.item, ITEM_TABLE)):
+            table.initialise(lambda first, end, n=number: session.model.form.initial(1, n, first, end))
+        losses = []
+        for turn in range(1 if left_after is None else 2):
+            for batch in batches_of(session, 0):
+                on_each(session, batch)
+                losses.append(float(train_step(session, batch)))
+                if not turn and len(losses) == left_after:
+                    break
+        session.saver.close()
+        session.fused.close()
+        return losses, session
 
 
 def count_steps(world, c):
-    """What this rank's item table counts as sent, and the bytes of a group's calls, in ten steps each way."""
+    """What this rank's item table counts as sent, the bytes of a group's calls, the rows asked of others, and what
+    the step counts, each way."""
     from bench_scale import count_all_to_all
 
     found = []
-    for may_share in (True, False):
-        world.may_share = may_share
-        dataset = Dataset.open(c.data)
-        with _open_loader(c, dataset, world) as loader:
-            session = build(c, dataset, world, Console(False), loader)
-            for table, number in ((session.model.user, 0), (session.model.item, ITEM_TABLE)):
-                table.initialise(lambda first, end, n=number: session.model.form.initial(1, n, first, end))
-            sent = count_all_to_all(world) if not may_share else [0]
-            asked = 0
-            for batch in loader.epoch(0):
-                items = np.unique(batch.item.numpy())
-                first, end = session.model.item.held[0]
-                asked += int(((items < first) | (items >= end)).sum())
-                train_step(session, batch)
-            found.append((session.model.item.wire_bytes, sent[0], asked, session.fused.transport))
-            session.saver.close()
+    for way in ("memory", "sockets", "group"):
+        go_by(world, way)
+        sent = count_all_to_all(world) if way == "group" else [0]
+        asked = [0]
+
+        def count(session, batch, asked=asked):
+            items = np.unique(batch.item.numpy())
+            first, end = session.model.item.held[0]
+            asked[0] += int(((items < first) | (items >= end)).sum())
+
+        _, session = an_epoch(world, c, on_each=count)
+        found.append((session.model.item.wire_bytes, sent[0], asked[0], session.fused.traffic))
     return found
 
 
 def test_bytes_between_ranks_are_the_same_each_way(data, tmp_path):
-    c = config(data, tmp_path / "run")
-    shared_way, group_way = zip(*run_ranks(2, count_steps, c), strict=True)
-    assert [way[0] for way in shared_way] == [way[0] for way in group_way]
-    assert sum(way[0] for way in shared_way) == sum(2 * way[2] * 9 * 4 for way in shared_way) > 0
+    memory, by_socket, group = zip(*run_ranks(2, count_steps, config(data, tmp_path / "run")), strict=True)
+    assert [way[0] for way in memory] == [way[0] for way in by_socket] == [way[0] for way in group]
+    assert sum(way[0] for way in memory) == sum(2 * way[2] * 9 * 4 for way in memory) > 0
     steps = 3
-    for rows, sent, asked, _ in group_way:
+    for rows, sent, asked, _ in group:
         assert sent == rows + 4 * asked + 8 * steps  # ids, and how many there are
-    assert {way[3] for way in shared_way} == {"memory that the ranks share"}
-    assert {way[3] for way in group_way} == {"the process group"}
+    for rows, _, asked, traffic in by_socket:
+        headers = 64 * (2 * steps + 2)  # the opening has two messages more, without rows
+        assert rows + headers < traffic["bytes"] < rows + headers + 2 * asked + 8 * steps
+        assert 0 < traffic["wait_seconds"] < 60
 
 
-def test_a_narrow_wire_goes_through_the_group(data, tmp_path):
-    assert run_ranks(2, transport, config(data, tmp_path / "run", wire_dtype="bf16")) == ["the process group"] * 2
+def narrow_and_wide(world, c):
+    found = []
+    for wire in ("bf16", "fp32"):
+        losses, session = an_epoch(world, dataclasses.replace(c, wire_dtype=wire))
+        found.append((session.fused.transport, session.model.item.wire_bytes, losses))
+    return found
+
+
+def test_a_narrow_wire_goes_by_sockets_and_halves_the_bytes(data, tmp_path):
+    """Also where the ranks could share memory: what is rounded does not depend on where they run."""
+    narrow, wide = run_ranks(2, narrow_and_wide, config(data, tmp_path / "run"))[0]
+    assert narrow[0] == "sockets between the ranks of 1 host" and wide[0] == "memory that the ranks share"
+    assert narrow[1] * 2 == wide[1] > 0
+    np.testing.assert_allclose(narrow[2], wide[2], rtol=2e-3)
+    assert narrow[2] != wide[2]
+
+
+def without_connections(world, c):
+    world.may_share = False
+    connecting.CONNECT_SECONDS = 0.5
+    if world.rank == 1:
+
+        def fails(*args):
+            raise ConnectionRefusedError("no way")
+
+        connecting.call = fails
+    _, session = an_epoch(world, c)
+    return session.fused.transport, session.fused.warning
+
+
+def test_where_there_are_no_connections_the_group_steps_in_and_the_log_says_why(data, tmp_path):
+    found = run_ranks(2, without_connections, config(data, tmp_path / "run"))
+    assert [name for name, _ in found] == ["the process group"] * 2
+    assert all("rank 1" in said and "did not connect to rank 0" in said for _, said in found)
+
+
+def with_and_without_leaving(world, c):
+    go_by(world, "memory")
+    whole, _ = an_epoch(world, c)
+    go_by(world, "sockets")
+    return whole, an_epoch(world, c, left_after=2)[0]
+
+
+def test_a_pipeline_that_is_left_does_not_disturb_the_next_one(data, tmp_path):
+    whole, left = run_ranks(2, with_and_without_leaving, config(data, tmp_path / "run", batch_size=60))[0]
+    assert len(whole) == 10 and left == whole
 
 
 def transport(world, c):
-    dataset = Dataset.open(c.data)
-    with _open_loader(c, dataset, world) as loader:
-        session = build(c, dataset, world, Console(False), loader)
-        session.saver.close()
-        return session.fused.transport
+    return an_epoch(world, c)[1].fused.transport
 
 
 # A rank that is gone ------------------------------------------------------------------------------

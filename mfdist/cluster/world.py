@@ -15,7 +15,7 @@ import re
 import socket
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mfdist.cluster import shared_memory
 from mfdist.cluster.shared_memory import SharedMemory
+from mfdist.cluster.transport import Transport
 from mfdist.errors import LostRankError, MfdistError, UsageError
 
 Floats = npt.NDArray[np.float64]
@@ -46,10 +47,15 @@ class World:
         self.device = device
         self.may_share = True
         """Whether ranks of one host use memory that they share; the same on every rank."""
+        self.may_connect = True
+        """Whether ranks of several hosts use connections of their own; the same on every rank."""
+        self.interface: str | None = None
+        """Network interface or address of this host for these; not set: that of the rendezvous."""
         self._connected = connected
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self._replicas: list[DistributedDataParallel] = []
         self._shared: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
+        self.transports: weakref.WeakSet[Transport] = weakref.WeakSet()
 
     @property
     def is_main(self) -> bool:
@@ -67,7 +73,7 @@ class World:
         try:
             yield world
         except Exception as error:
-            cause = _cause(error)
+            cause = _cause(error, world.transports)
             if isinstance(cause, MfdistError):
                 cause.said_elsewhere = not world._first_to_say(cause)
             world._leave(all_alive=False)
@@ -109,6 +115,19 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def first_error(self, work: Callable[[], T]) -> T:
+        """``work()`` of this rank; where it fails on any with an error of the user's or the system's, the first rank's
+        error on all."""
+        outcome: Any
+        try:
+            outcome = work()
+        except (MfdistError, OSError) as error:
+            outcome = error
+        errors = [error for error in self.gather(outcome if isinstance(outcome, Exception) else None) if error]
+        if errors:
+            raise errors[0]
+        return outcome  # type: ignore[no-any-return]
+
     def barrier(self) -> None:
         if self.size > 1:
             self.sum([0.0])
@@ -127,20 +146,24 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
 
-    def share(self, size_bytes: int) -> SharedMemory | None:
-        """Memory that all ranks see, zeros at first; None where they are on several hosts or cannot share it."""
+    def share(self, size_bytes: int, ranks: Sequence[int] | None = None) -> SharedMemory | None:
+        """Memory that ``ranks`` (default all) see, zeros at first; each rank names its own group. None on every rank
+        where the ranks of any group are on several hosts or cannot share it."""
         if self.size == 1 or not self.may_share or self.device.type != "cpu":
             return None
-        made = shared_memory.make(size_bytes) if self.is_main else None
-        offer = self.broadcast(made[0] if made else None)
-        memory = made[1] if made else shared_memory.attach(offer, size_bytes) if offer and not self.is_main else None
+        ranks = ranks or range(self.size)
+        leader = ranks[0]
+        made = shared_memory.make(size_bytes) if self.rank == leader else None
+        offer = self.gather(made[0] if made else None)[leader]
+        memory = made[1] if made else shared_memory.attach(offer, size_bytes) if offer and self.rank != leader else None
         processes = self.gather(os.getpid() if memory else 0)
         if made:
             os.close(made[0].file)
         found = None
         if memory and all(processes):
             with contextlib.suppress(OSError, AttributeError):  # no pidfd_open in this system
-                found = SharedMemory(memory, self.rank, processes, self._timeout_seconds)
+                mine = [processes[rank] for rank in ranks]
+                found = SharedMemory(memory, ranks.index(self.rank), mine, self.timeout_seconds)
         if self.any(found is None):
             return None
         assert found is not None
@@ -194,6 +217,8 @@ class World:
         """Delete the DDP objects, then the group: a gloo DDP alive at exit can abort the process."""
         for memory in self._shared:
             memory.leave()
+        for found in self.transports:
+            found.leave(all_alive)
         while self._replicas:
             del self._replicas[-1].reducer
             self._replicas.pop()
@@ -207,11 +232,14 @@ STORE_SECONDS = 2.0
 LOST = re.compile(r"gloo|NCCL|closed by peer|reset by peer|timed out|Broken pipe|Socket Timeout", re.IGNORECASE)
 
 
-def _cause(error: Exception) -> Exception:
-    """``error``, or one sentence in its place where it only says that another rank is gone."""
-    if isinstance(error, RuntimeError) and LOST.search(str(error)):
-        return LostRankError(shared_memory.GONE)
-    return error
+def _cause(error: Exception, transports: Iterable[Transport] = ()) -> Exception:
+    """``error``, or one sentence in its place where it only says that another rank is gone: which, where one knows."""
+    if not (isinstance(error, RuntimeError) and LOST.search(str(error))):
+        return error
+    for transport in transports:
+        if (named := transport.named()) is not None:
+            return named
+    return LostRankError(shared_memory.GONE)
 
 
 class _Adder:

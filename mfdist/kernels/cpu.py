@@ -191,23 +191,29 @@ def item_pass(
 
 @kernel
 def gradient(
-    shape: Any, rows: Any, starts: Any, order: Any, low: Any, high: Any, user_slot: Any, own: Any, before: Any,
-    slope: Any, pulls: Any, shares: Any, numbers: Any, out: Any,
+    shape: Any, rows: Any, starts: Any, order: Any, low: Any, high: Any, user_slot: Any, lines: Any, own: Any,
+    before: Any, slope: Any, pulls: Any, shares: Any, numbers: Any, out: Any,
 ) -> None:  # fmt: skip
-    """The gradients of items ``low`` to ``high`` alone, for an owner elsewhere: float32 ``out`` (items, width)."""
+    """The gradients of items ``low`` to ``high`` alone, for an owner elsewhere: float32 ``out`` (lines, width).
+
+    ``lines[j]``: the line of ``own`` where item j's weights stand, and of ``out`` where its gradient goes."""
     shape = numbers_of(shape)
     width = shape[1]
     rows, starts, order, user_slot, own = bare(rows), bare(starts), bare(order), bare(user_slot), bare(own)
-    before, slope, numbers, out = bare(before), bare(slope), bare(numbers), bare(out)
+    before, slope, numbers, out, lines = bare(before), bare(slope), bare(numbers), bare(out), bare(lines)
     pulls, shares = bare(pulls), bare(shares)
     number = slope.size // shape[4]
     for j in range(low, high):
         if j + FAR < high:
-            ask_to_write(out, j + FAR, width)
-        grad = out[j, :width]
+            ask_to_write(out, lines[j + FAR], width)
+        line = lines[unsigned(j)]
+        grad = out[unsigned(line), :width]
         clear(grad, width)
-        penalise(grad, own[j], starts[j + 1] - starts[j], pulls, shares, rows[j], numbers[7])
-        add_up(shape, grad, own[j], starts[j], starts[j + 1], order, user_slot, before, slope, number, numbers[13])
+        penalise(grad, own[unsigned(line)], starts[j + 1] - starts[j], pulls, shares, rows[j], numbers[7])
+        add_up(
+            shape, grad, own[unsigned(line)], starts[j], starts[j + 1], order, user_slot, before, slope, number,
+            numbers[13],
+        )  # fmt: skip
 
 
 @kernel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -126,7 +127,8 @@ def _numbers_of(written: Any) -> Any:
     return lambda written: (a, b, c, d, e, f, g)
 
 
-_yield_processor: Any = types.ExternalFunction("sched_yield", types.int32())
+_clock_gettime: Any = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.uintp))
+yield_processor: Any = types.ExternalFunction("sched_yield", types.int32())
 SPINS = 2000
 """Looks at the gate before the processor is offered to somebody else."""
 
@@ -154,7 +156,7 @@ def wait_for_all(gate: Any, aim: Any) -> None:
     while arrived(gate) < aim:
         spins += 1
         if spins > SPINS:
-            _yield_processor()
+            yield_processor()
 
 
 @inlined
@@ -165,6 +167,14 @@ def meet(gate: Any, threads: Any, passed: Any) -> Any:
     return passed + threads
 
 
+@kernel
+def clock(space: Any) -> Any:
+    """Nanoseconds of the system's steady clock, by way of ``space`` (int64, 2)."""
+    _clock_gettime(STEADY, space.ctypes.data)
+    return space[0] * 1_000_000_000 + space[1]
+
+
+STEADY = int(time.CLOCK_MONOTONIC)
 LOOKS = 1000
 """Further looks, the processor offered to somebody else after each, before a wait is given up: a millisecond."""
 
@@ -178,7 +188,7 @@ def look_for(gate: Any, aim: Any) -> bool:
         if spins > SPINS + LOOKS:
             return False
         if spins > SPINS:
-            _yield_processor()
+            yield_processor()
     return True
 
 

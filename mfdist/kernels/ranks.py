@@ -1,4 +1,8 @@
-"""The step of several ranks: as in ``cpu``, but item rows come from their owners and gradients go back."""
+"""The step of several ranks: as in ``cpu``, but item rows come from their owners and gradients go back.
+
+The parts of a step that every way between ranks has in common, and the whole of it where the ranks of a host share
+memory or go by the process group (``hosts`` has the step by messages).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import numpy as np
 from mfdist.kernels.columns import FAR, add_times, aligned, ask, ask_line, ask_to_write, clear, copy
 from mfdist.kernels.cpu import gradient, user_pass
 from mfdist.kernels.grouping import cut, group
-from mfdist.kernels.machine import arrive, arrived_at, bare, kernel, meet, numbers_of, unsigned
+from mfdist.kernels.machine import arrive, arrived_at, bare, inlined, kernel, meet, numbers_of, unsigned
 from mfdist.kernels.packed import TERMS, catch_up, move
 from mfdist.kernels.vectors import LANES
 
@@ -22,56 +26,57 @@ comes next."""
 
 @kernel
 def gather_for_ranks(
-    shape: Any, table: Any, lasts: Any, rows: Any, starts: Any, order: Any, low: Any, high: Any, lines: Any, out: Any,
+    shape: Any, tables: Any, rows: Any, firsts: Any, ends: Any, order: Any, low: Any, high: Any, lines: Any, out: Any,
     now: Any, rules: Any, numbers: Any,
 ) -> None:  # fmt: skip
-    """Bring ``rows[low:high]`` to the present, in place, and copy their weights to whoever asked for them.
+    """Bring item ``rows[low:high]`` to the present, in place, and copy their weights to whoever asked for them.
 
-    Requests are grouped by row (:func:`group`); ``lines[q]``: where ``out`` (lines, width) takes the row of request q.
+    ``order[firsts[j] : ends[j]]``: the requests for ``rows[j]``; ``lines[q]``: where ``out`` (lines, width) takes the
+    row of request q. ``tables``: see :func:`learn`.
     """
     shape = numbers_of(shape)
     width, stride = shape[1], shape[2]
-    table, lasts, rows, starts, order = bare(table), bare(lasts), bare(rows), bare(starts), bare(order)
-    lines, out, numbers = bare(lines), bare(out), bare(numbers)
+    table, lasts, rows, firsts, ends = bare(tables[2]), bare(tables[3]), bare(rows), bare(firsts), bare(ends)
+    order, lines, out, numbers = bare(order), bare(lines), bare(out), bare(numbers)
     rules = (bare(rules[0]), bare(rules[1]), bare(rules[2]), bare(rules[3]), rules[4], rules[5])
     space = np.empty((2, TERMS), np.float32)
     terms = bare(space)
     for j in range(low, high):
         ask(table, rows, j, high, stride)
         if j + FAR < high:
-            ask_to_write(out, lines[order[starts[j + FAR]]], width)
+            ask_to_write(out, lines[order[firsts[j + FAR]]], width)
         base = np.int64(rows[unsigned(j)]) * stride
         place = unsigned(base + stride - 1)
         last = lasts[place]
-        catch_up(shape, table, base, last, now, rules, numbers, terms, out[lines[order[starts[j]]]])
+        catch_up(shape, table, base, last, now, rules, numbers, terms, out[lines[order[firsts[j]]]])
         lasts[place] = now if last > 0 else -now
-        for q in range(starts[j] + 1, starts[j + 1]):
+        for q in range(firsts[j] + 1, ends[j]):
             copy(table, base, out[lines[order[q]]], width)
     space[0, 0] = 0  # it lives until here
 
 
 @kernel
 def update_from_ranks(
-    shape: Any, table: Any, lasts: Any, rows: Any, starts: Any, order: Any, low: Any, high: Any, lines: Any, grads: Any,
+    shape: Any, tables: Any, rows: Any, firsts: Any, ends: Any, order: Any, low: Any, high: Any, lines: Any, grads: Any,
     now: Any, numbers: Any,
 ) -> None:  # fmt: skip
-    """Take one step on ``rows[low:high]``, which stand after step ``now``, with the sum of their gradients.
+    """Take one step on item ``rows[low:high]``, which stand after step ``now``, with the sum of their gradients.
 
     Requests as for :func:`gather_for_ranks`: the gradients of a row are added in the order of the ranks.
     """
     shape = numbers_of(shape)
     width, stride = shape[1], shape[2]
     one = np.float32(1)
-    table, lasts, rows, starts, order = bare(table), bare(lasts), bare(rows), bare(starts), bare(order)
-    lines, grads, numbers = bare(lines), bare(grads), bare(numbers)
+    table, lasts, rows, firsts, ends = bare(tables[2]), bare(tables[3]), bare(rows), bare(firsts), bare(ends)
+    order, lines, grads, numbers = bare(order), bare(lines), bare(grads), bare(numbers)
     unaligned = np.empty(width + LANES, np.float32)
     grad = aligned(bare(unaligned), width)
     for j in range(low, high):
         ask(table, rows, j, high, stride)
         if j + FAR < high:
-            ask_line(grads, lines[order[starts[j + FAR]]], width)
+            ask_line(grads, lines[order[firsts[j + FAR]]], width)
         clear(grad, width)
-        for q in range(starts[j], starts[j + 1]):
+        for q in range(firsts[j], ends[j]):
             add_times(grad, one, grads[lines[order[q]]], 0, width)
         base = np.int64(rows[unsigned(j)]) * stride
         move(shape, table, base, grad, numbers)
@@ -80,51 +85,59 @@ def update_from_ranks(
 
 
 @kernel
+def learn(
+    thread: Any, threads: Any, gate: Any, passed: Any, shape: Any, rating: Any, by_user: Any, users: Any, by_item: Any,
+    items: Any, lines: Any, tables: Any, learned: Any, pulls: Any, own: Any, out: Any, now: Any, rules: Any,
+    numbers: Any,
+) -> Any:  # fmt: skip
+    """Score the batch, move its users, and write its items' gradients to ``out``; returns the arrivals at ``gate``.
+
+    ``by_user``, ``by_item``: (order, rows, starts, slot) of :func:`group`; ``slot`` of items counts lines of ``own``.
+    ``tables``: users' packed rows as float32 and as int32, and items' likewise. ``learned``: before, slope and error;
+    ``pulls``: of users and items, their shares (see ``cpu.user_pass``)."""
+    low, high = cut(by_user[2], users, thread, threads), cut(by_user[2], users, thread + 1, threads)
+    user_pass(
+        shape, tables[0], tables[1], by_user[1], by_user[2], by_user[0], low, high, by_item[3], own, rating, learned[0],
+        learned[1], learned[2], pulls[0], pulls[2], now, rules, numbers,
+    )  # fmt: skip
+    passed = meet(gate, threads, passed)
+    low, high = cut(by_item[2], items, thread, threads), cut(by_item[2], items, thread + 1, threads)
+    gradient(
+        shape, by_item[1], by_item[2], by_item[0], low, high, by_user[3], lines, own, learned[0], learned[1], pulls[1],
+        pulls[3], numbers, out,
+    )  # fmt: skip
+    return meet(gate, threads, passed)
+
+
+@kernel
 def step_of_ranks(
-    thread: Any, threads: Any, gate: Any, stage: Any, shape: Any, user: Any, item: Any, rating: Any, by_user: Any,
-    by_item: Any, by_owner: Any, counts: Any, user_table: Any, user_lasts: Any, item_table: Any, item_lasts: Any,
-    before: Any, slope: Any, error: Any, user_pulls: Any, item_pulls: Any, user_shares: Any, item_shares: Any,
-    now: Any, rules: Any, numbers: Any, requests: Any, lines: Any, rows: Any, own: Any, gradient_: Any, gradients: Any,
-    meeting: Any,
+    thread: Any, threads: Any, gate: Any, stage: Any, shape: Any, batch: Any, by_user: Any, by_item: Any, by_owner: Any,
+    counts: Any, in_order: Any, tables: Any, learned: Any, pulls: Any, now: Any, rules: Any, numbers: Any,
+    requests: Any, lines: Any, rows: Any, own: Any, gradient_: Any, gradients: Any, meeting: Any,
 ) -> None:  # fmt: skip
     """The step of one rank from ``stage`` on, by ``threads`` threads that all call this; ``gate`` is 0 at the start.
 
-    The arrays of the last lines are those of ``exchange``. Where the ranks share memory (``meeting``) the stages follow
-    each other, and it returns before one whose data do not come within a millisecond a rank; else it returns before
-    each. ``counts[STAGE]``: the stage to call next.
+    The arrays of the last line are those of ``exchange``; ``in_order``: 0, 1, 2, ... Where the ranks share memory
+    (``meeting``) the stages follow each other, and it returns before one whose data do not come within a millisecond a
+    rank; else it returns before each. ``counts[STAGE]``: the stage to call next.
     """
-    signals, rank, ends, first_row, bounds, wanted = meeting
+    signals, rank = meeting[0], meeting[1]
     shared = signals.shape[0] > 0
     passed = 0
     if stage == ASK:
-        if thread == 0:
-            counts[ITEMS] = group(item, by_item[0], by_item[1], by_item[2], by_item[3], by_item[4])
-            if shared:
-                post(by_item[2], counts[ITEMS], ends, bounds[rank], wanted[rank])
-                arrive(signals[rank])
-        if thread == threads - 1:
-            counts[USERS] = group(user, by_user[0], by_user[1], by_user[2], by_user[3], by_user[4])
+        group_batch(thread, threads, batch, by_user, by_item, counts, meeting)
         stage = GATHER
         if not shared:
-            counts[STAGE] = stage
             return
     if stage == GATHER:
         if thread == 0:
-            counts[STAGE] = stage
-            number = counts[REQUESTS]
-            if shared:
-                number = collect(signals, rank, first_row, bounds, wanted, requests, lines)
-            if number >= 0:
-                counts[REQUESTS], counts[STAGE] = number, LEARN
-                counts[OWNED] = group(
-                    requests[:number], by_owner[0], by_owner[1], by_owner[2], by_owner[3], by_owner[4]
-                )
+            take_requests(by_owner, counts, requests, lines, meeting)
         passed = meet(gate, threads, passed)
         if counts[STAGE] != LEARN:
             return
         low, high = counts[OWNED] * thread // threads, counts[OWNED] * (thread + 1) // threads
         gather_for_ranks(
-            shape, item_table, item_lasts, by_owner[2], by_owner[3], by_owner[0], low, high, lines, rows, now, rules,
+            shape, tables, by_owner[2], by_owner[3], by_owner[3][1:], by_owner[0], low, high, lines, rows, now, rules,
             numbers,
         )  # fmt: skip
         stage = LEARN
@@ -139,22 +152,14 @@ def step_of_ranks(
         passed = meet(gate, threads, passed)
         if counts[STAGE] != UPDATE:
             return
-        users, items = counts[USERS], counts[ITEMS]
-        low, high = cut(by_user[3], users, thread, threads), cut(by_user[3], users, thread + 1, threads)
-        user_pass(
-            shape, user_table, user_lasts, by_user[2], by_user[3], by_user[0], low, high, by_item[4], own, rating,
-            before, slope, error, user_pulls, user_shares, now, rules, numbers,
-        )  # fmt: skip
-        passed = meet(gate, threads, passed)
-        low, high = cut(by_item[3], items, thread, threads), cut(by_item[3], items, thread + 1, threads)
-        gradient(
-            shape, by_item[2], by_item[3], by_item[0], low, high, by_user[4], own, before, slope, item_pulls,
-            item_shares, numbers, gradient_,
+        passed = learn(
+            thread, threads, gate, passed, shape, batch[2], without_pairs(by_user), counts[USERS],
+            without_pairs(by_item), counts[ITEMS], in_order, tables, learned, pulls, own, gradient_, now, rules,
+            numbers,
         )  # fmt: skip
         stage = UPDATE
         if not shared:
             return
-        passed = meet(gate, threads, passed)
         if thread == 0:
             arrive(signals[rank])
     if stage == UPDATE:
@@ -165,14 +170,57 @@ def step_of_ranks(
             return
         low, high = counts[OWNED] * thread // threads, counts[OWNED] * (thread + 1) // threads
         update_from_ranks(
-            shape, item_table, item_lasts, by_owner[2], by_owner[3], by_owner[0], low, high, lines, gradients, now,
+            shape, tables, by_owner[2], by_owner[3], by_owner[3][1:], by_owner[0], low, high, lines, gradients, now,
             numbers,
         )  # fmt: skip
+
+
+@inlined
+def without_pairs(grouped: Any) -> Any:
+    """(order, rows, starts, slot) of the arrays of :func:`group`."""
+    return grouped[0], grouped[2], grouped[3], grouped[4]
+
+
+@kernel
+def group_batch(
+    thread: Any, threads: Any, batch: Any, by_user: Any, by_item: Any, counts: Any, meeting: Any
+) -> None:  # fmt: skip
+    """Group the batch by both sides, and show the other ranks of a host which items this one asks for."""
+    signals, rank, ends, _first_row, bounds, wanted = meeting
+    if thread == 0:
+        counts[ITEMS] = group(batch[1], by_item[0], by_item[1], by_item[2], by_item[3], by_item[4])
+        counts[STAGE] = GATHER
+        if signals.shape[0] > 0:
+            post(by_item[2], counts[ITEMS], ends, bounds[rank], wanted[rank])
+            arrive(signals[rank])
+    if thread == threads - 1:
+        counts[USERS] = group(batch[0], by_user[0], by_user[1], by_user[2], by_user[3], by_user[4])
+
+
+@kernel
+def take_requests(by_owner: Any, counts: Any, requests: Any, lines: Any, meeting: Any) -> None:
+    """Group what all ranks ask this one for, where all have asked."""
+    signals, rank, _ends, first_row, bounds, wanted = meeting
+    counts[STAGE] = GATHER
+    number = counts[REQUESTS]
+    if signals.shape[0] > 0:
+        number = collect(signals, rank, first_row, bounds, wanted, requests, lines)
+    if number >= 0:
+        counts[REQUESTS], counts[STAGE] = number, LEARN
+        counts[OWNED] = group(requests[:number], by_owner[0], by_owner[1], by_owner[2], by_owner[3], by_owner[4])
 
 
 @kernel
 def post(items: Any, number: Any, ends: Any, bounds: Any, wanted: Any) -> None:
     """Show the other ranks ascending ``items[:number]``: where each owner's begin, and themselves where they fit."""
+    bound(items, number, ends, bounds)
+    if number <= wanted.size:
+        wanted[:number] = items[:number]
+
+
+@kernel
+def bound(items: Any, number: Any, ends: Any, bounds: Any) -> None:
+    """Where each owner's begin among ascending ``items[:number]``: int64 ``bounds`` (ranks + 1)."""
     place = 0
     bounds[0] = 0
     for rank in range(ends.size):
@@ -184,8 +232,6 @@ def post(items: Any, number: Any, ends: Any, bounds: Any, wanted: Any) -> None:
             else:
                 high = middle
         bounds[rank + 1] = place
-    if number <= wanted.size:
-        wanted[:number] = items[:number]
 
 
 @kernel

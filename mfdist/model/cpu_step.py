@@ -10,6 +10,7 @@ No torch operation touches a batch here: torch's threads wait actively after eac
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from mfdist.kernels import bags, columns, cpu, packed, ranks
+from mfdist.data.loader import Batch
+from mfdist.kernels import bags, columns, cpu, hosts, packed, ranks
 from mfdist.kernels.crew import Crew
 from mfdist.kernels.machine import Workers, constants
-from mfdist.model.exchange import open_exchange
+from mfdist.model.exchange import GroupExchange, SharedExchange, open_exchange
+from mfdist.model.host_exchange import HostExchange
 from mfdist.model.models import MF
 from mfdist.model.objective import ITEM, USER, Objective
 from mfdist.model.optimizers import RowOptimizer
@@ -91,7 +94,7 @@ class FusedStep(nn.Module):
         self._numbers = np.zeros(len(packed.STEP_FIELDS), np.float32)
         self._by_user, self._by_item, self._by_owner = Grouped(), Grouped(), Grouped()
         self._world = model.item.world
-        self._exchange = open_exchange(model.item) if self._world.size > 1 else None
+        self._exchange = open_exchange(model.item, model.user) if self._world.size > 1 else None
         self._compiled = False
         self._capacity = -1
         self._own, self._before = (np.empty((0, form.width), np.float32) for _ in range(2))
@@ -99,11 +102,14 @@ class FusedStep(nn.Module):
         self._batch = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32)
         self._squared_error = [torch.zeros((), dtype=torch.float64)]  # torch looks long at what a module is given
         self._tables = _flat(model.user), _flat(model.item)
+        self._flat_tables = (*self._tables[USER], *self._tables[ITEM])
+        self._pulls = self._user_pulls, self._item_pulls, *self._shares
+        self._in_order = np.empty(0, np.int32)
 
     def forward(self, user: torch.Tensor, item: torch.Tensor, rating: torch.Tensor, global_rows: int) -> torch.Tensor:
         """Take one step on this rank's rows; returns their share of the loss (without the penalty)."""
         offset = self.model.offset
-        if offset is None or not offset.requires_grad or self._world.size == 1:
+        if offset is None or not offset.requires_grad or not self.needs_reduction:
             loss, grad = self._step(user, item, rating, global_rows)
             if offset is not None and offset.requires_grad:
                 offset.grad = grad
@@ -121,10 +127,34 @@ class FusedStep(nn.Module):
         """What item rows go through."""
         return self._exchange.name if self._exchange else "nothing"
 
+    @property
+    def traffic(self) -> dict[str, float]:
+        """So far: ``bytes`` that have left this rank, and ``wait_seconds`` for what came; of rows and gradients alone,
+        and no waiting, where they go by shared memory or the process group."""
+        if isinstance(self._exchange, HostExchange):
+            return self._exchange.traffic
+        return {"bytes": float(self._pair[ITEM].wire_bytes), "wait_seconds": 0.0}
+
+    @property
+    def warning(self) -> str | None:
+        """Why item rows go a slow way between hosts, where they do."""
+        return self._exchange.why if isinstance(self._exchange, GroupExchange) else None
+
+    @property
+    def needs_reduction(self) -> bool:
+        """Whether the offset's gradient is this rank's alone: DistributedDataParallel has to add it up."""
+        return self._world.size > 1 and not isinstance(self._exchange, HostExchange)
+
+    def follow(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """``batches``, a step to be taken on each; where it pays the next ones are looked at ahead."""
+        return self._exchange.follow(batches) if isinstance(self._exchange, HostExchange) else iter(batches)
+
     def close(self) -> None:
-        """End the kernels' threads."""
+        """End the kernels' threads, and close connections."""
         self._workers.close()
         self._crew.close()
+        if isinstance(self._exchange, HostExchange):
+            self._exchange.close()
 
     def settle(self) -> None:
         """Bring every row of both tables to the present, in place."""
@@ -149,49 +179,72 @@ class FusedStep(nn.Module):
         ratings, now = len(rating), self._pair[USER].step
         if ratings > self._capacity:
             self._grow(ratings)
-        ids = self._pair[USER].local_int32(user.numpy()), item.numpy()
-        for buffer, values in zip(self._batch, (*ids, rating.numpy()), strict=True):
-            buffer[:ratings] = values
         self._numbers_of(now + 1, global_rows)
         alone = ratings < PARALLEL_ROWS
-        if self._world.size == 1:
-            self._crew.take(ratings, now, alone)
+        if isinstance(self._exchange, HostExchange):
+            self._step_with_hosts(self._exchange, Batch(user, item, rating, now, global_rows), now, alone)
         else:
-            self._step_with_others(ratings, now, alone)
+            ids = self._pair[USER].local_int32(user.numpy()), item.numpy()
+            for buffer, values in zip(self._batch, (*ids, rating.numpy()), strict=True):
+                buffer[:ratings] = values
+            if self._world.size == 1:
+                self._crew.take(ratings, now, alone)
+            else:
+                self._step_with_others(ratings, now, alone)
         for table in self._pair:
             table.step = now + 1
         squares, slopes = cpu.sums(self._errors[:ratings], self._slopes[: ratings * self._shape[4]])
         self._squared_error[0] = torch.tensor(squares, dtype=torch.float64)
+        if isinstance(self._exchange, HostExchange):
+            slopes = float(self._exchange.slope)
         return torch.tensor(squares / global_rows), torch.tensor([slopes], dtype=torch.float32)
 
     def _step_with_others(self, ratings: int, now: int, alone: bool) -> None:
         """Item rows come from their owners, and their gradients go back; collective."""
         exchange, stage = self._exchange, ranks.ASK
-        assert exchange is not None
+        assert isinstance(exchange, SharedExchange | GroupExchange)
         workers = self._alone if alone else self._workers
-        batch = [values[:ratings] for values in self._batch]
-        slope, error = self._slopes[: ratings * self._shape[4]], self._errors[:ratings]
+        batch = tuple(values[:ratings] for values in self._batch)
+        learned = self._before, self._slopes[: ratings * self._shape[4]], self._errors[:ratings]
         while stage != ranks.DONE:
             if exchange.room > self._by_owner.room:
                 self._by_owner.reserve(exchange.room)
             self._gate[0] = 0
             arguments = (
-                workers.threads, self._gate, stage, self._sizes, *batch, self._by_user.arrays, self._by_item.arrays,
-                self._by_owner.arrays, self._counts, *self._tables[USER], *self._tables[ITEM], self._before,
-                slope, error, self._user_pulls, self._item_pulls, *self._shares, now, self._rules, self._numbers,
-                *exchange.arrays,
+                workers.threads, self._gate, stage, self._sizes, batch, self._by_user.arrays, self._by_item.arrays,
+                self._by_owner.arrays, self._counts, self._in_order, self._flat_tables, learned, self._pulls, now,
+                self._rules, self._numbers, *exchange.arrays,
             )  # fmt: skip
             if not self._compiled:
-                self._compile(arguments)
+                self._compile(ranks.step_of_ranks, arguments)
             workers.all(lambda thread, arguments=arguments: ranks.step_of_ranks(thread, *arguments))  # type: ignore[misc]
             items = self._by_item.rows[: self._counts[ranks.ITEMS]]
             stage = exchange.bring(int(self._counts[ranks.STAGE]), items, self._counts)
 
-    def _compile(self, arguments: tuple[Any, ...]) -> None:
+    def _step_with_hosts(self, exchange: HostExchange, batch: Batch, now: int, alone: bool) -> None:
+        """The same by messages to other hosts, which know the next batches; collective."""
+        workers = self._alone if alone else self._workers
+
+        def call(stage: int, step: int) -> None:
+            self._gate[0] = 0
+            learned = self._before, self._slopes, self._errors
+            arguments = (
+                workers.threads, self._gate, stage, step, self._sizes, *exchange.arrays, self._flat_tables, learned,
+                self._pulls, now + min(step, 0), self._rules, self._numbers,
+            )  # fmt: skip
+            if not self._compiled:
+                self._compile(hosts.step_of_hosts, arguments)
+            workers.all(lambda thread: hosts.step_of_hosts(thread, *arguments))
+
+        for step in exchange.steps(batch):
+            exchange.run(step, call)
+
+    def _compile(self, kernel: Any, arguments: tuple[Any, ...]) -> None:
         """Let one rank of a host compile, and the others find the code on the disk; collective."""
         threads, gate, _stage, *others = arguments
         if int(os.environ.get("LOCAL_RANK", self._world.rank)) == 0:
-            ranks.step_of_ranks(0, threads, gate, ranks.DONE, *others)
+            done = hosts.DONE if kernel is hosts.step_of_hosts else ranks.DONE
+            kernel(0, threads, gate, done, *others)
         self._world.barrier()
         self._compiled = True
 
@@ -219,7 +272,7 @@ class FusedStep(nn.Module):
         self._batch = np.empty(rows, np.int32), np.empty(rows, np.int32), np.empty(rows, np.float32)
         self._own = columns.row_buffer(rows, form.width)
         self._before = columns.row_buffer(rows, form.width + through_bags)
-        self._errors = np.empty(rows, np.float32)
+        self._errors, self._in_order = np.empty(rows, np.float32), np.arange(rows, dtype=np.int32)
         self._slopes = np.empty(rows * self._shape[4], np.float32)
         if self._world.size == 1:
             self._crew.close()

@@ -11,7 +11,9 @@ its gradients where it wrote them: nothing is copied. Two ranks of three lines e
 items 0 to 9, rank 1 the rest. Rank 0 asks for items 2, 7, 12 and reads them in lines 0 to 2; rank 1 asks for 7 and 15
 and reads lines 3 and 4. Rank 0 is asked for 2, 7 and 7, and writes lines 0, 1 and 3; rank 1 writes 2 and 4.
 
-:class:`GroupExchange`: any ranks, by four collectives of the process group.
+:class:`GroupExchange`: any ranks, by four collectives of the process group: where the others cannot be had.
+
+Between hosts there is ``host_exchange``, whose step is another.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mfdist.cluster.connecting import open_transport
 from mfdist.cluster.shared_memory import SharedMemory
 from mfdist.errors import MfdistError
 from mfdist.kernels import ranks
 from mfdist.kernels.columns import pitch_of, row_buffer
+from mfdist.model.host_exchange import HostExchange
 from mfdist.model.tables import ShardedTable
 
 Floats32 = npt.NDArray[np.float32]
@@ -36,13 +40,16 @@ FIRST_LINES = 1024
 """A rank's lines at first; they grow to what a batch needs."""
 
 
-def open_exchange(table: ShardedTable) -> SharedExchange | GroupExchange:
-    """The fastest way for the ranks of a table that is cut over several; collective."""
+def open_exchange(table: ShardedTable, users: ShardedTable) -> SharedExchange | HostExchange | GroupExchange:
+    """The fastest way for the ranks of a table that is cut over several; collective. ``users``: see HostExchange."""
     if table.wire_dtype == torch.float32:
         memory = _memory(table, FIRST_LINES)
         if memory is not None:
             return SharedExchange(table, memory)
-    return GroupExchange(table)
+    found = open_transport(table.world) if table.world.may_connect else "not wanted"
+    if isinstance(found, str):
+        return GroupExchange(table, found)
+    return HostExchange(table, users, found)
 
 
 class SharedExchange:
@@ -98,8 +105,9 @@ class GroupExchange:
 
     name = "the process group"
 
-    def __init__(self, table: ShardedTable) -> None:
-        self._table, self._world = table, table.world
+    def __init__(self, table: ShardedTable, why: str) -> None:
+        """``why``: there are no connections of the ranks' own."""
+        self._table, self._world, self.why = table, table.world, why
         self._ends = _ends(table)
         self.room = 0
         self._asked: list[int] = []  # items of this rank's batch, by owner

@@ -82,6 +82,9 @@ class TrainConfig:
         choices=("auto", "row", "replicated"),
     )
     wire_dtype: str = flag("fp32", "number format of item rows and gradients between ranks", choices=("fp32", "bf16"))
+    interface: str | None = flag(
+        None, "network interface, or its address, for item rows between hosts; not set: that of the rendezvous"
+    )
     checkpoint_every: str = flag("5m", "'epoch', steps (500) or minutes (10m)", parse=parse_cadence)
     resume: str = flag("auto", "auto, never, or the path of a checkpoint")
     overwrite: bool = flag(False, "remove what the run directory holds and begin anew")

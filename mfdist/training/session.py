@@ -21,7 +21,7 @@ from mfdist.cluster.world import World
 from mfdist.config import to_dict
 from mfdist.data.dataset import Dataset
 from mfdist.data.loader import Loader, available_bytes
-from mfdist.errors import DataError, MfdistError, UsageError
+from mfdist.errors import DataError, UsageError
 from mfdist.log import Console, MetricsLog
 from mfdist.model.cpu_step import FusedStep
 from mfdist.model.models import ITEM_TABLE, MF, USER_TABLE, MFAdvanced
@@ -115,10 +115,12 @@ def build(
         model = MF(form, user, item)
     else:
         model = MFAdvanced(form, user, item, manifest.global_mean if config.offset == "mean" else None)
+    world.interface = config.interface
     objective = config.objective()
     shares = _shares(dataset, user) if objective.penalised or form.implicit else None
     fused = fast_step(config, model, optimizer, objective, shares, loader.num_rows)
-    replica = world.replicate(fused or model)
+    adds_up = isinstance(fused, FusedStep) and not fused.needs_reduction
+    replica = (fused or model) if adds_up else world.replicate(fused or model)
     ranks = f"{world.size} {'rank' if world.size == 1 else 'ranks'} on {world.device.type}"
     tables = "whole on each rank" if config.sharding == "replicated" else "cut by rows"
     kernels = "Triton's kernels" if world.device.type == "cuda" else "numba's kernels"
@@ -129,7 +131,9 @@ def build(
     )
     if world.size > 1 and isinstance(fused, FusedStep):
         console.info(f"item rows go between the ranks through {fused.transport}")
-    if replica is (fused or model) and world.size > 1:
+    if isinstance(fused, FusedStep) and fused.warning:
+        console.warn(fused.warning)
+    if replica is (fused or model) and world.size > 1 and (model.offset is None or not model.offset.requires_grad):
         console.info("nothing is replicated in this model, so it runs without DistributedDataParallel")
     assert config.run_dir is not None
     return Session(
@@ -185,7 +189,7 @@ def restore_or_initialise(session: Session) -> None:
 
 
 def _restore(session: Session, folder: str) -> None:
-    state = _first_error(session.world, lambda: checkpoint.read_state(folder))
+    state = session.world.first_error(lambda: checkpoint.read_state(folder))
     epoch, step = session.loader.check_state(state["loader"])
     load(session, folder, state)
     session.progress = Progress(**state["progress"])
@@ -199,8 +203,8 @@ def _restore(session: Session, folder: str) -> None:
 
 def load(session: Session, folder: str, state: dict[str, Any] | None = None) -> None:
     """Fill the tables and the offset from a checkpoint of any number of ranks and either placement."""
-    columns = (state or _first_error(session.world, lambda: checkpoint.read_state(folder)))["columns"]
-    _first_error(session.world, lambda: _load(session, folder, columns))
+    columns = (state or session.world.first_error(lambda: checkpoint.read_state(folder)))["columns"]
+    session.world.first_error(lambda: _load(session, folder, columns))
 
 
 def _load(session: Session, folder: str, columns: dict[str, Columns]) -> None:
@@ -359,19 +363,6 @@ def _record(session: Session, done: dict[str, Any] | None) -> None:
         session.console.warn(warning)
     session.metrics.write("checkpoint", epoch=session.progress.shown_epoch, **done)
     session.metrics.publish()
-
-
-def _first_error(world: World, work: Callable[[], T]) -> T:
-    """``work()`` on every rank; where it fails on any, the first rank's error on all."""
-    outcome: Any
-    try:
-        outcome = work()
-    except (MfdistError, OSError) as error:
-        outcome = error
-    errors = [error for error in world.gather(outcome if isinstance(outcome, Exception) else None) if error]
-    if errors:
-        raise errors[0]
-    return outcome  # type: ignore[no-any-return]
 
 
 def chosen_epoch(progress: Progress) -> int:

@@ -23,6 +23,7 @@ from mfdist.data.dataset import Dataset
 from mfdist.data.loader import Batch, Loader
 from mfdist.errors import DataError, DivergedError, MfdistError, StopRequested
 from mfdist.log import Console
+from mfdist.model.cpu_step import FusedStep
 from mfdist.model.models import Scored
 from mfdist.model.objective import ITEM, USER
 from mfdist.run import directory
@@ -95,6 +96,12 @@ def train_step(session: Session, batch: Batch) -> torch.Tensor:
         grad.zero_()
     session.progress.step, session.progress.step_in_epoch = step, batch.step + 1
     return sum_of_squares
+
+
+def batches_of(session: Session, epoch: int) -> Iterator[Batch]:
+    """What is left of an epoch's batches, for :func:`train_step`; the step looks ahead where that pays."""
+    batches = session.loader.epoch(epoch, session.progress.step_in_epoch)
+    return session.fused.follow(batches) if isinstance(session.fused, FusedStep) else batches
 
 
 def _fused_step(session: Session, batch: Batch) -> torch.Tensor:
@@ -261,7 +268,7 @@ def _train_epoch(session: Session, epoch: int, watch: StopWatch) -> bool:
     next_check, last_check = progress.step + 1, began
     total = session.loader.num_rows
     with session.console.progress(f"epoch {epoch + 1}/{session.config.epochs}", total, progress.rows) as bar:
-        for batch in session.loader.epoch(epoch, progress.step_in_epoch):
+        for batch in batches_of(session, epoch):
             pending.append(train_step(session, batch))
             progress.rows += batch.global_rows
             bar.advance(batch.global_rows, shown)
