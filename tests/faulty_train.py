@@ -1,20 +1,24 @@
 """jobs/train.py with one fault planted from outside: MFDIST_TEST_FAULT="POINT RANK COUNT FOLDER".
 
-The process of RANK kills itself the COUNTth time that it comes to POINT, and leaves the file FOLDER/fault. Nothing of
-this is in the product: functions of it are replaced here.
+The process of RANK kills itself the COUNTth time that it comes to POINT, and leaves the file FOLDER/fault; "hang" stops
+it instead, and "cut" shuts its connections for data. With MFDIST_TEST_WAY=sockets ranks behave as if each had a host of
+its own, and small buffers cut messages into pieces. Nothing of this is in the product: functions are replaced here.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from jobs import train as job
-from mfdist.model import exchange, optimizers
+from mfdist.cluster import connecting, shared_memory, transport
+from mfdist.kernels import messages, sockets
+from mfdist.model import exchange, host_exchange, optimizers
 from mfdist.run import background_save, checkpoint, tensor_files
 from mfdist.training import train, validation
 
@@ -23,6 +27,10 @@ POINTS = {
     "step": (train, "train_step"),
     "mid-step": (optimizers.RowOptimizer, "update"),  # the offset's: the tables have moved, it has not
     "exchange": (exchange.SharedExchange, "bring"),
+    "in rows": (host_exchange.HostExchange, "_wait"),  # some of the message is here or gone, some is not
+    "in gradients": (host_exchange.HostExchange, "_wait"),
+    "hang": (host_exchange.HostExchange, "run"),
+    "cut": (host_exchange.HostExchange, "run"),
     "check": (train, "_check"),
     "before shard": (tensor_files, "write"),
     "in shard": (tensor_files, "_exact"),
@@ -43,16 +51,51 @@ def plant(text: str) -> None:
     original, left = getattr(owner, name), [int(count)]
 
     def replaced(*args, **kwargs):
-        left[0] -= 1
+        left[0] -= point[0] != "in" or point[1] not in ("rows", "gradients") or is_in(point[1], args[0])
         if left[0] == 0:
+            left[0] = -1
             Path(folder, "fault").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            fail(point[0], args)
         return original(*args, **kwargs)
 
     setattr(owner, name, replaced)
 
 
+def is_in(what, found):
+    """Whether a message of this kind has come, or gone, in part."""
+    stage = {"rows": host_exchange.hosts.WAIT_FOR_ROWS, "gradients": host_exchange.hosts.WAIT_FOR_GRADIENTS}[what]
+    wire = found._wire
+    parts = [state[(state[:, sockets.AT] < state[:, sockets.COUNT])] for state in (wire.sent_state, wire.coming_state)]
+    begun = any(part[:, [sockets.AT, sockets.DONE]].any() for part in parts)
+    return found.control[messages.STAGE] == stage and bool(begun)
+
+
+def fail(how, args):
+    if how == "cut":
+        for link in args[0]._transport._data.values():
+            link.shutdown(socket.SHUT_RDWR)
+    else:
+        os.kill(os.getpid(), signal.SIGSTOP if how == "hang" else signal.SIGKILL)
+
+
+def behave_as_hosts():
+    """Each rank takes itself for a host, and its connections hold little at a time."""
+    place = ("host", os.environ.get("RANK", "0"))
+    shared_memory.here = connecting.here = lambda: place
+    original = transport.Transport.__init__
+
+    def narrow(self, *args):
+        original(self, *args)
+        for link in self._data.values():
+            for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                link.setsockopt(socket.SOL_SOCKET, buffer, 2304)
+
+    transport.Transport.__init__ = narrow
+
+
 if __name__ == "__main__":
+    if os.environ.get("MFDIST_TEST_WAY") == "sockets":
+        behave_as_hosts()
     if fault := os.environ.get("MFDIST_TEST_FAULT"):
         plant(fault)
     sys.exit(job.job())

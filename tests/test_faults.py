@@ -46,9 +46,10 @@ def data(tmp_path_factory):
     return path
 
 
-def start(data, run, ranks=2, fault=None, flags=(), launch=("--standalone",), space=None, log=None, shell=()):
+def start(data, run, ranks=2, fault=None, flags=(), launch=("--standalone",), space=None, log=None, shell=(), way=""):
     """The real launcher with its workers; the log is a file, because killed agents leave pipes open."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0" if space else "lo"}
+    env["MFDIST_TEST_WAY"] = way
     env.pop("MFDIST_TEST_FAULT", None)
     if fault:
         env["MFDIST_TEST_FAULT"] = fault
@@ -111,6 +112,55 @@ def test_kill_at_a_named_point(data, expected, tmp_path, point, rank, count):
     kept = [checkpoint.verify(checkpoint.folder_of(str(run), step)) for step in checkpoint.committed_steps(str(run))]
     assert kept and not any(kept)
     assert sorted(checkpoint.committed_steps(str(run))) == checkpoint.all_steps(str(run))
+
+
+BETWEEN_HOSTS = [
+    ("first step", 1, 1), ("mid-step", 0, 23), ("in rows", 0, 3), ("in rows", 1, 9), ("in gradients", 0, 4),
+    ("in gradients", 1, 11), ("check", 0, 5), ("flush", 0, 2), ("before COMMIT", 0, 3), ("evaluation", 1, 2),
+    ("cut", 0, 12), ("cut", 1, 37), ("hang", 1, 20),
+]  # fmt: skip
+WIDE = ["--emb-dim=64"]  # so that messages do not fit into what a connection holds
+
+
+@pytest.fixture(scope="module")
+def expected_wide(data, tmp_path_factory):
+    return complete(data, tmp_path_factory.mktemp("wide") / "run", flags=WIDE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("point", "rank", "count"), BETWEEN_HOSTS, ids=lambda value: str(value).replace(" ", "-"))
+def test_a_fault_between_hosts_names_the_rank_and_the_job_resumes(data, expected_wide, tmp_path, point, rank, count):
+    """Ranks that go by sockets, and messages in pieces. A hang is noticed after ten seconds, anything else at once."""
+    run = tmp_path / "run"
+    began = time.time()
+    process = start(data, run, flags=WIDE, way="sockets", fault=f"{point} {rank} {count} {tmp_path}")
+    assert process.wait(240) == 1
+    assert (tmp_path / "fault").exists(), f"{point} was never reached"
+    assert time.time() - max(began, (tmp_path / "fault").stat().st_mtime) < (60 if point == "hang" else 30)
+    log = log_of(run)
+    assert "sockets between the ranks of 2 hosts" in log and log.count("Traceback") == 0, log
+    named = f"the contact to rank {rank} of this job"
+    if point == "hang":
+        assert named in log and "it has not answered for 10 seconds" in log, log
+    elif point == "cut":  # each sees the other one vanish
+        assert "the contact to rank " in log and "was lost: it" in log, log
+    else:
+        assert f"the contact to rank {1 - rank} of this job" not in log, log
+        assert named in log or "Signal 9" in log, log
+    assert complete(data, run, flags=WIDE, way="sockets") == expected_wide
+
+
+@pytest.mark.slow
+def test_stopped_between_hosts_and_continued_on_one(data, expected_wide, tmp_path):
+    """What a rank has done ahead when it stops changes no bit, whatever the next start goes by."""
+    for number, ways in enumerate((("sockets", ""), ("", "sockets"))):
+        run = tmp_path / f"run{number}"
+        flags = [*WIDE, "--checkpoint-every=7"]
+        process = start(data, run, flags=flags, way=ways[0])
+        wait_for_step(run, 7, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75, log_of(run)
+        assert complete(data, run, flags=flags, way=ways[1]) == expected_wide
 
 
 @pytest.mark.slow
