@@ -13,7 +13,7 @@ from typing import Any
 if not os.access(os.path.dirname(__file__), os.W_OK):  # compiled kernels of an installation that is read-only
     os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"mfdist-numba-{os.getuid()}"))
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "load", "prepare_frame"]
 
 

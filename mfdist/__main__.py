@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -51,7 +52,9 @@ def usage() -> str:
 
 
 def _unknown(name: str) -> int:
-    raise UsageError(f"there is no job '{name}'; known are {', '.join([*JOBS, LAUNCH])}.")
+    close = difflib.get_close_matches(name, [*JOBS, LAUNCH], n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    raise UsageError(f"there is no job '{name}'; known are {', '.join([*JOBS, LAUNCH])}.{hint}")
 
 
 if __name__ == "__main__":

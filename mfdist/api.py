@@ -1,9 +1,8 @@
-"""From Python: ``mfdist.prepare_frame(frame, out)`` and ``mfdist.load(RUN)``, on original ids.
+"""From Python: ``mfdist.prepare_frame(frame, out)`` and ``mfdist.load(RUN)``, on original ids::
 
->>> model = mfdist.load("runs/advanced")
->>> model.predict(["A2CX7LUOHB2NDG"], ["B00004SABB"])
-array([4.31...])
->>> model.recommend(["A2CX7LUOHB2NDG"], k=10).to_pandas()       # user_id, item_id, rank, score
+model = mfdist.load("runs/advanced")
+model.predict(["A2CX7LUOHB2NDG"], ["B00004SABB"])               # array([4.31...])
+model.recommend(["A2CX7LUOHB2NDG"], k=10).to_pandas()           # user_id, item_id, rank, score
 """
 
 from __future__ import annotations

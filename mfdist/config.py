@@ -66,6 +66,8 @@ def parse_config(cls: type[C], argv: Sequence[str] | None, description: str, pro
     All ranks of a host read the same flags: the first of them says what is wrong.
     """
     try:
+        if sys.platform == "win32":
+            raise UsageError("mfdist runs on Linux; on Windows, start it inside WSL.")
         return _parse(cls, argv, description, prog)
     except UsageError as error:
         error.said_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
@@ -183,7 +185,7 @@ def _build_parser(cls: type[Any], description: str, prog: str | None) -> argpars
             parser.add_argument(field.name, nargs="*" if meta["optional"] else "+", help=meta["help"],
                                 metavar=field.name.rstrip("s").upper(), default=argparse.SUPPRESS)  # fmt: skip
             continue
-        name, text = _flag_name(field.name), f"{meta['help']} (default: {_shown(field.default)})".replace("%", "%%")
+        name, text = _flag_name(field.name), f"{meta['help']} (default: {shown(field.default)})".replace("%", "%%")
         if isinstance(field.default, bool):
             parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
         else:
@@ -267,7 +269,8 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def _shown(default: Any) -> str:
+def shown(default: Any) -> str:
+    """A default as help and documents show it."""
     if isinstance(default, tuple):
         return ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in default)
     return "not set" if default is None else str(default)

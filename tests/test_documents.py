@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import re
 import shlex
@@ -16,14 +17,8 @@ DOCUMENTS = sorted(
     path.relative_to(ROOT) for path in ROOT.glob("**/README.md") if not path.relative_to(ROOT).parts[0].startswith(".")
 )
 COMMAND = re.compile(r"    (python|torchrun|mfdist|[A-Z_]+=|kubectl|docker|scripts/|pip)\b")
-COMMANDS = sorted(
-    {
-        line.strip()
-        for document in DOCUMENTS
-        for line in (ROOT / document).read_text().splitlines()
-        if COMMAND.match(line)
-    }
-)
+LINES = [line for document in DOCUMENTS for line in (ROOT / document).read_text().splitlines()]
+COMMANDS = sorted({line.strip() for line in LINES if COMMAND.match(line)})
 
 
 def job_and_flags(command: str) -> tuple[str, list[str]] | None:
@@ -68,18 +63,37 @@ def test_there_are_commands() -> None:
     assert {"prepare", "train", "baseline", "evaluate", "recommend", "plan"} <= shown
 
 
+def test_the_jobs_document_is_the_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    document_jobs = importlib.import_module("document_jobs")
+    assert (ROOT / "jobs/README.md").read_text() == document_jobs.document(), "run scripts/document_jobs.py"
+
+
+EXAMPLES = sorted(path for path in (ROOT / "mfdist").rglob("*.py") if re.search(r"^\s*>>> ", path.read_text(), re.M))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_in_docstrings(path: Path) -> None:
+    found = doctest.testmod(importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts)))
+    assert found.attempted and not found.failed
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
 def named_files() -> list[tuple[Path, str]]:
     """(document, path in the repository that it names)."""
     found = []
     for document in DOCUMENTS:
         text = (ROOT / document).read_text()
-        found += [(document, name) for name in re.findall(r"\b(?:jobs|scripts|k8s|tests|mfdist)/[\w./-]*\w", text)]
-    return sorted(set(found))
+        found += [(document, name) for name in re.findall(r"\b(?:jobs|scripts|k8s|tests|mfdist)/[\w./*-]*[\w*]", text)]
+    return sorted({(document, name) for document, name in found if not re.search(r"\b(JOB|NAME)\b", name)})
 
 
 @pytest.mark.parametrize(("document", "name"), named_files())
 def test_every_file_that_is_named_is_there(document: Path, name: str) -> None:
-    assert (ROOT / name).exists()
+    assert list(ROOT.glob(name))
 
 
 def test_every_job_is_a_program_of_the_checkout_and_of_the_installation() -> None:

@@ -281,6 +281,11 @@ for dim, bias, kind in [eval(word) for word in sys.argv[2:]]:
         shape = gpu.shape_of(dim, bias, packed.KINDS[kind], state, True, True)
         done = compiled(name, shape, GPUTarget("cuda", int(sys.argv[1]), 32))
         print(name, dim, bias, kind, len(done.asm["cubin"]), done.metadata.shared, flush=True)
+        if name in ("settle", "user_pass", "row_pass", "long_rows", "update"):
+            # Rows are updated in place: all warps have loaded what they need before any of them stores.
+            stores = done.asm["ttgir"].rindex("barrier")
+            assert done.asm["ttgir"].count("tt.store", stores) >= (1 if kind == "sgd" else 3), name
+            assert "tt.load" not in done.asm["ttgir"][stores:], name
         if len(sys.argv) > 2 and "KEEP" in __import__("os").environ:
             open(f"{__import__('os').environ['KEEP']}/{name}-{dim}-{kind}.cubin", "wb").write(done.asm["cubin"])
             open(f"{__import__('os').environ['KEEP']}/{name}-{dim}-{kind}.ttgir", "w").write(done.asm["ttgir"])

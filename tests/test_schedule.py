@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from fractions import Fraction
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfdist.data import batch_order
 from mfdist.data.batch_order import BatchOrder, lanes_of_rank
 from mfdist.errors import UsageError
 
@@ -22,10 +20,6 @@ def sequence(lane_rows: list[int]) -> list[int]:
     """The lane of every row of the epoch, by sorting all keys: the definition itself."""
     keys = [(Fraction(2 * j + 1, 2 * rows), lane) for lane, rows in enumerate(lane_rows) for j in range(rows)]
     return [lane for _, lane in sorted(keys)]
-
-
-def test_worked_example_of_the_docstring() -> None:
-    assert doctest.testmod(batch_order).failed == 0
 
 
 @settings(max_examples=150, deadline=None)

@@ -21,10 +21,13 @@ FAKE = """#!/bin/bash
 log={folder}/calls
 case "$*" in
   *importlib.metadata*) echo 2.13.0+cpu ;;
-  -c*) [ -z "${{FAKE_OLD:-}}" ] || case "$*" in *version_info\\ \\<*) exit 1;; esac; echo "(3, 11)"; exit 0 ;;
+  -c*) echo "${{FAKE_VERSION:-3.12}}" ;;
   "-m venv"*) echo venv >> $log; mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
   *"pip --version"*) [ -f {folder}/fake.py3 ] && exit 0 ;;
-  *"pip install"*) echo "install ${{*:6}}" >> $log; [ ! -f {folder}/break ] || exit 1 ;;
+  *"pip install"*)
+    words="${{*:6}}"
+    echo "install ${{words//\\/dev\\/fd\\/*/REST}}" >> $log
+    [ ! -f {folder}/break ] || exit 1 ;;
 esac
 """
 
@@ -33,7 +36,8 @@ esac
 def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "checkout"
     (folder / "scripts").mkdir(parents=True)
-    shutil.copy(ROOT / "scripts/setup", folder / "scripts/setup")
+    for name in ("scripts/setup", "scripts/requirements.lock"):
+        shutil.copy(ROOT / name, folder / name)
     shutil.copy(ROOT / "pyproject.toml", folder)
     fake = folder / "fake.py3"
     fake.write_text(FAKE.format(folder=folder))
@@ -52,32 +56,68 @@ def set_up(checkout: Path, **env: str) -> tuple[int, list[str]]:
     return result.returncode, calls.read_text().splitlines()
 
 
-def test_torch_comes_first_and_a_second_run_does_nothing(checkout: Path) -> None:
-    assert set_up(checkout) == (0, ["venv", "install torch==2.13.0", "install torch==2.13.0+cpu -e .[test]"])
+LOCKED = {line.split("==")[0]: line for line in (ROOT / "scripts/requirements.lock").read_text().splitlines()[1:]}
+INSTALLS = [
+    f"install --no-deps {LOCKED['scikit-surprise']}", "install -c scripts/requirements.lock torch==2.13.0",
+    "install --no-deps -r REST", "install --no-deps --no-build-isolation -e .",
+]  # fmt: skip
+
+
+def test_locked_versions_are_installed_once(checkout: Path) -> None:
+    code, calls = set_up(checkout)
+    assert code == 0 and calls[0] == "venv" and sorted(calls[1:]) == sorted(INSTALLS)
     assert set_up(checkout) == (0, [])
 
 
 def test_an_interrupted_set_up_is_finished(checkout: Path) -> None:
     (checkout / "break").touch()
     code, calls = set_up(checkout)
-    assert code != 0 and calls == ["venv", "install torch==2.13.0"]
+    assert code != 0 and INSTALLS[3] not in calls
     (checkout / "break").unlink()
-    assert set_up(checkout) == (0, ["install torch==2.13.0", "install torch==2.13.0+cpu -e .[test]"])
+    code, calls = set_up(checkout)
+    assert code == 0 and sorted(calls) == sorted(INSTALLS)
 
 
-def test_a_changed_pyproject_installs_again(checkout: Path) -> None:
+@pytest.mark.parametrize("name", ["pyproject.toml", "scripts/requirements.lock"])
+def test_a_changed_file_installs_again(checkout: Path, name: str) -> None:
     set_up(checkout)
-    with open(checkout / "pyproject.toml", "a") as file:
+    with open(checkout / name, "a") as file:
         file.write("# changed\n")
-    assert set_up(checkout)[1] == ["install torch==2.13.0", "install torch==2.13.0+cpu -e .[test]"]
+    assert sorted(set_up(checkout)[1]) == sorted(INSTALLS)
 
 
-def test_an_old_python_is_refused(checkout: Path) -> None:
-    assert set_up(checkout, FAKE_OLD="1") == (2, [])
+def test_python_310_looks_for_versions(checkout: Path) -> None:
+    assert set_up(checkout, FAKE_VERSION="3.10") == (
+        0, ["venv", "install torch==2.13.0", "install torch==2.13.0+cpu -e .[test]"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("version", ["2.7", "3.9"])
+def test_an_old_python_is_refused(checkout: Path, version: str) -> None:
+    assert set_up(checkout, FAKE_VERSION=version) == (2, [])
+
+
+def test_the_lock_has_what_the_package_needs() -> None:
+    """Each dependency that pyproject.toml names, extras of the tests included, at a version that its range admits."""
+    from packaging.requirements import Requirement
+
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = [
+        Requirement(text) for text in project["dependencies"] + extras["test"] + extras["s3"] + extras["baseline"]
+    ]
+    pins = {name.lower(): line.split("==")[1].split(";")[0] for name, line in LOCKED.items()}
+    for one in needed:
+        if one.name not in ("torch", "tomli", "mfdist"):
+            assert one.specifier.contains(pins[one.name.lower()]), one
 
 
 @pytest.mark.parametrize(
-    "name", ["scripts/setup", "scripts/quickstart", "scripts/reproduce", "scripts/test", ".ci/run"]
+    "name", ["scripts/setup", "scripts/lock", "scripts/quickstart", "scripts/reproduce", "scripts/test", ".ci/run"]
 )
 def test_syntax_and_mode(name: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / name)], check=True)

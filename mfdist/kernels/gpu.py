@@ -1,6 +1,6 @@
 """The training step on a GPU, fused, in Triton: the same arithmetic as ``reference``, on packed rows as in ``cpu``.
 
-A step works on a batch sorted twice, by user and by item (``fused_gpu.Sorted``); a *segment* is one row's ratings,
+A step works on a batch sorted twice, by user and by item (``gpu_step.Sorted``); a *segment* is one row's ratings,
 consecutive in that order. Programs take tiles of segments, so that a short segment is a few turns of a loop:
 
     gather      item rows as they are now (caught up), copied out; their owner may be another rank
@@ -11,12 +11,14 @@ consecutive in that order. Programs take tiles of segments, so that a short segm
 
 A block of CHUNK positions can hold ratings of two long segments at most, those of its first and its last position, so
 that a row with 10^5 ratings of a batch is read by thousands of programs. No atomics: every sum has a fixed order, and
-results repeat bitwise. Sizes known to the device alone (how many rows a batch has) bound no launch: grids are for
-the most there can be, and programs past the end leave at once. Nothing waits for the device.
+results repeat bitwise. A program that updates rows in place passes a barrier before its first store: a value such as a
+row's last step is loaded by several warps, in the layouts that they need it in, and the quickest must not write it
+first. Sizes known to the device alone (how many rows a batch has) bound no launch: grids are for the most there can
+be, and programs past the end leave at once. Nothing waits for the device.
 
 ``SHAPE`` is (factors, bias, stride, kind, tile width, sigmoid, penalty). Factors and bias are apart in the kernels: a
 tile of next_power_of_2(32 + 1) columns would be half empty. ``rules`` is the tuple of :func:`rules_on`. Pointers are to
-packed float32 rows (``table``), to the same memory as int32 (``lasts``), to the arrays of ``fused_gpu.Sorted``, and
+packed float32 rows (``table``), to the same memory as int32 (``lasts``), to the arrays of ``gpu_step.Sorted``, and
 to rows copied out, PITCH floats apart. ``clock`` (1,) int32: steps taken so far.
 """
 
@@ -329,6 +331,7 @@ def step_rows(
     m, v, mb, vb = load_state(table, base, live, SHAPE)
     m, v, mb, vb = shrunk(m, v, mb, vb, last, now, rules, SHAPE)
     w, wb, m, v, mb, vb = moved_on(w, wb, m, v, mb, vb, g, gb, now, rules, SHAPE)
+    tl.debug_barrier()
     store_row(table, base, w, wb, live, SHAPE)
     store_state(table, base, m, v, mb, vb, live, SHAPE)
     tl.store(lasts + base + STRIDE - 1, now + 1 + tl.zeros_like(last), mask=live)
@@ -410,6 +413,7 @@ def settle(
     m, v, mb, vb = load_state(table, base, live, SHAPE)
     w, wb = brought_up(w, wb, m, v, mb, vb, last, now, rules, SHAPE)
     m, v, mb, vb = shrunk(m, v, mb, vb, last, now, rules, SHAPE)
+    tl.debug_barrier()
     store_row(table, base, w, wb, live, SHAPE)
     store_state(table, base, m, v, mb, vb, live, SHAPE)
     tl.store(lasts + base + SHAPE[2] - 1, tl.where(last > 0, now, -now), mask=live)
@@ -458,6 +462,7 @@ def user_pass(
         gb += c
     m, v, mb, vb = shrunk(m, v, mb, vb, last, now, rules, SHAPE)
     w, wb, m, v, mb, vb = moved_on(w, wb, m, v, mb, vb, g, gb, now, rules, SHAPE)
+    tl.debug_barrier()
     store_row(table, base, w, wb, short, SHAPE)
     store_state(table, base, m, v, mb, vb, short, SHAPE)
     tl.store(lasts + base + SHAPE[2] - 1, now + 1 + tl.zeros_like(last), mask=short)

@@ -1,0 +1,83 @@
+#!/usr/bin/env python
+"""Write jobs/README.md from the code: each job's purpose, examples and flags.
+
+python scripts/document_jobs.py     # after a change of a job's docstring or flags; a test holds the file to the code
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from mfdist import config
+from mfdist.__main__ import JOBS
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAD = """# Jobs
+
+Made from the code by `scripts/document_jobs.py`. `jobs/NAME.py` of a checkout, `mfdist NAME` of an installation and
+`python -m mfdist.jobs.NAME` are the same program; those that work on several ranks start under torchrun, or under
+`python -m mfdist.launch` (`mfdist launch`), which takes torchrun's flags and passes on the exit codes below. Every job
+takes `--config`, a TOML file that sets any of its flags; the command line wins. Every path may be a URL of fsspec.
+
+| exit code | |
+|---|---|
+| 0 | done |
+| 75 | stopped by request, what is finished is kept: run the same command again |
+| 2 | bad usage or configuration |
+| 3 | bad data |
+| 4 | the loss became NaN or infinite |
+| 5 | a required comparison was not met |
+| 1 | anything else |
+"""
+
+
+class Seen(Exception):
+    pass
+
+
+def config_class(job: str) -> Any:
+    """The dataclass that the job reads its flags into: what it hands to ``parse_config``."""
+    module = importlib.import_module(f"mfdist.jobs.{job}")
+    found = []
+
+    def look(cls: Any, *_: Any) -> None:
+        found.append(cls)
+        raise Seen
+
+    before, module.parse_config = module.parse_config, look  # type: ignore[attr-defined]
+    try:
+        module.main([])
+    except Seen:
+        return found[0]
+    finally:
+        module.parse_config = before  # type: ignore[attr-defined]
+    raise AssertionError(f"{job} reads no flags")
+
+
+def row(field: dataclasses.Field[Any]) -> str:
+    meta = field.metadata
+    name = field.name.rstrip("s").upper() if meta["positional"] else "--" + field.name.replace("_", "-")
+    values = "" if meta["positional"] else " " + " or ".join(f"`{choice}`" for choice in meta["choices"])
+    default = "" if meta["positional"] or isinstance(field.default, bool) else config.shown(field.default)
+    return f"| `{name}`{values.rstrip()} | {meta['help']} | {default} |".replace("||", "| |")
+
+
+def section(job: str) -> str:
+    text = inspect.getdoc(importlib.import_module(f"mfdist.jobs.{job}")) or ""
+    words = "\n".join("    " + line.strip() if re.match(r"\s*(python|torchrun|mfdist) ", line) else line
+                      for line in text.splitlines())  # fmt: skip
+    rows = "\n".join(row(field) for field in dataclasses.fields(config_class(job)))
+    return f"## {job}\n\n{words}\n\n| flag | meaning | default |\n|---|---|---|\n{rows}\n"
+
+
+def document() -> str:
+    return "\n".join([HEAD, *(section(job) for job in JOBS)])
+
+
+if __name__ == "__main__":
+    (ROOT / "jobs/README.md").write_text(document())

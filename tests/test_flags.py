@@ -1,0 +1,72 @@
+"""Every flag of every job: torchrun's own parser must hand it on to the job, and every flag says what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed import run as torchrun
+
+from mfdist.__main__ import JOBS
+from mfdist.config import read_toml
+from mfdist.errors import UsageError
+from mfdist.training.config import TrainConfig
+
+
+class Found(Exception):
+    pass
+
+
+def config_of(job: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The dataclass that a job reads its flags into."""
+    module = importlib.import_module(f"mfdist.jobs.{job}")
+    seen = []
+
+    def look(cls: Any, *_: Any) -> None:
+        seen.append(cls)
+        raise Found
+
+    monkeypatch.setattr(module, "parse_config", look)
+    with pytest.raises(Found):
+        module.main([])
+    return seen[0]
+
+
+@pytest.mark.parametrize("job", sorted(JOBS))
+def test_torchrun_hands_every_flag_on(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parser takes any flag that begins like one of its own for that one, also behind the script."""
+    names = [
+        field.name for field in dataclasses.fields(config_of(job, monkeypatch)) if not field.metadata["positional"]
+    ]
+    for name in ["config", *names]:
+        flag = "--" + name.replace("_", "-")
+        for words in ([flag, "1"], [f"{flag}=1"]):
+            args = torchrun.get_args_parser().parse_args(["--nproc_per_node=4", "jobs/job.py", *words])
+            assert args.training_script_args == words, flag
+
+
+@pytest.mark.parametrize("job", sorted(JOBS))
+def test_every_flag_says_what_it_is(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for field in dataclasses.fields(config_of(job, monkeypatch)):
+        assert len(field.metadata["help"]) > 8, field.name
+
+
+def test_another_system_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    with pytest.raises(UsageError, match="WSL"):
+        importlib.import_module("mfdist.jobs.train").main([])
+
+
+def test_an_unknown_ready_configuration_names_the_known(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no such file, and no ready configuration of this name .*recipe"):
+        importlib.import_module("mfdist.jobs.train").main(["--config", "recepi"])
+
+
+def test_a_file_wins_over_a_ready_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_toml(TrainConfig, "quick.toml") == read_toml(TrainConfig, "quick")
+    Path("quick.toml").write_text("epochs = 77\n")
+    assert read_toml(TrainConfig, "quick.toml") == {"epochs": 77}
