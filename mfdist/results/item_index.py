@@ -1,7 +1,7 @@
-"""The best items of many users: items are made ready once, then thousands of users are searched at a time.
+"""The best items of many users: items are made ready once, then thousands of users are searched at a time::
 
->>> index = ItemIndex(item_factors, item_bias, user_norms=np.linalg.norm(some_users, axis=1))
->>> rows, scores = index.search(user_factors, k=10, hidden=seen)     # (users, 10) each, best first
+    index = ItemIndex(item_factors, item_bias, user_norms=np.linalg.norm(some_users, axis=1))
+    rows, scores = index.search(user_factors, k=10, hidden=seen)     # (users, 10) each, best first
 
 Lists are exact and the same bits for any number of threads, users at a time, order of users, and device: what a score
 is, and how equal ones are ordered, ``kernels.top_n`` defines.

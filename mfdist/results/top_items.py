@@ -1,6 +1,6 @@
-"""The best items of a model's users, with the ratings predicted for them.
+"""The best items of a model's users, with the ratings predicted for them::
 
->>> items, ratings = TopItems(model).of(users, k=10, hidden=seen)      # (users, 10) each, best first
+    items, ratings = TopItems(model).of(users, k=10, hidden=seen)      # (users, 10) each, best first
 
 The order is that of ``ItemIndex``: by score, equal scores by item row.
 """
