@@ -3,11 +3,14 @@
 model = mfdist.load("runs/advanced")
 model.predict(["A2CX7LUOHB2NDG"], ["B00004SABB"])               # array([4.31...])
 model.recommend(["A2CX7LUOHB2NDG"], k=10).to_pandas()           # user_id, item_id, rank, score
+
+To load and to predict numpy and pyarrow suffice; torch is never needed, and recommending takes numba.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,14 +18,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mfdist.data.dataset import Dataset
+from mfdist.data.id_text import id_texts
 from mfdist.errors import UsageError
 from mfdist.results.export import ExportedModel
-from mfdist.results.recommend import refuse_unknown, table_of
-from mfdist.results.top_items import TopItems, seen_items
+from mfdist.results.recommended import refuse_unknown, table_of
 from mfdist.results.trained_on import check_dataset, dataset_of_run
 
 if TYPE_CHECKING:
     from mfdist.prepare.prepare import prepare_frame
+    from mfdist.results.top_items import TopItems
 
 __all__ = ["Model", "load", "prepare_frame"]
 
@@ -37,12 +41,15 @@ def __getattr__(name: str) -> Any:
 
 
 def load(run: str) -> Model:
-    """The exported model of a run directory (local or URL); DataError where there is none. Runs no code from it."""
+    """The exported model of a run directory, or of the folder of a model itself (local or URL).
+
+    DataError where there is none. Runs no code from it.
+    """
     return Model(ExportedModel.open(str(run)))
 
 
 class Model:
-    """A trained model on original ids. Ids may be given as text or as whole numbers (one id, not two)."""
+    """A trained model on original ids. Ids may be texts or whole numbers: 11, 11.0 and "11" are one id."""
 
     def __init__(self, exported: ExportedModel) -> None:
         self.exported = exported
@@ -52,10 +59,26 @@ class Model:
 
         For an id outside the vocabulary the known side decides; a model without biases gives the training mean.
         """
-        users, items = _texts(user_ids), _texts(item_ids)
+        users, items = id_texts(user_ids), id_texts(item_ids)
         if len(users) != len(items):
             raise UsageError(f"predict needs as many users as items, got {len(users)} and {len(items)}.")
         return self.exported.predict(self.exported.rows_of("users", users), self.exported.rows_of("items", items))
+
+    def predict_frame(self, frame: Any, user_id: str = "user_id", item_id: str = "item_id") -> pa.Table:
+        """A polars or pandas frame, or an Arrow table, with the columns prediction, known_user and known_item added.
+
+        ``user_id`` and ``item_id`` name its columns of ids.
+        """
+        table = _arrow_table(frame)
+        for name in (user_id, item_id):
+            if name not in table.column_names:
+                raise UsageError(f"the frame has no column '{name}'; it has {', '.join(table.column_names[:12])}.")
+        users = self.exported.rows_of("users", id_texts(table[user_id]))
+        items = self.exported.rows_of("items", id_texts(table[item_id]))
+        added = {"prediction": self.exported.predict(users, items), "known_user": users >= 0, "known_item": items >= 0}
+        for name, values in added.items():
+            table = table.append_column(name, pa.array(values))
+        return table
 
     def recommend(
         self, user_ids: Iterable[Any], k: int = 10, *, exclude_seen: bool = False, data: str | None = None
@@ -64,28 +87,39 @@ class Model:
 
         ``exclude_seen`` leaves out what the user has rated in the training rows; it reads the run's dataset, from
         ``data`` where that has moved. A user outside the vocabulary gets the items by bias; UsageError without biases.
+        A user who is left with fewer items than k has fewer rows.
         """
         if k < 1:
             raise UsageError(f"recommend needs k of at least 1, got {k}.")
-        names = _texts(user_ids)
+        names = id_texts(user_ids)
         rows = self.exported.rows_of("users", names)
         refuse_unknown(self.exported, [name for name, row in zip(names, rows.tolist(), strict=True) if row < 0])
         if not exclude_seen:
-            items, ratings = TopItems(self.exported).of(rows, k)
+            items, ratings = self._top.of(rows, k)
             return table_of(self.exported, pa.array(names, pa.string()), items, ratings)
+        return self._recommend_unseen(self._dataset(data), names, rows, k)
+
+    @cached_property
+    def _top(self) -> TopItems:
+        from mfdist.results.top_items import TopItems
+
+        return TopItems(self.exported)
+
+    def _dataset(self, data: str | None) -> Dataset:
         dataset = Dataset.open(data or dataset_of_run(self.exported.run))
         check_dataset(self.exported, dataset)
-        return self._recommend_unseen(dataset, names, rows, k)
+        return dataset
 
     def _recommend_unseen(self, dataset: Dataset, names: list[str], rows: npt.NDArray[np.int64], k: int) -> pa.Table:
         """Lane by lane, each lane read once; then back in the order asked for."""
+        from mfdist.results.top_items import seen_items
+
         items = np.full((len(rows), k), -1, np.int64)
         ratings = np.full((len(rows), k), np.nan)
-        top = TopItems(self.exported)
         for lane, places in _by_lane(dataset, rows):
             unique, back = np.unique(rows[places], return_inverse=True)
             seen = None if lane is None else seen_items(dataset, lane, unique)
-            found, score = top.of(unique, k, seen)
+            found, score = self._top.of(unique, k, seen)
             items[places], ratings[places] = found[back], score[back]
         return table_of(self.exported, pa.array(names, pa.string()), items, ratings)
 
@@ -101,7 +135,12 @@ def _by_lane(dataset: Dataset, rows: npt.NDArray[np.int64]) -> list[tuple[int | 
     return [(lane, places) for lane, places in groups if len(places)]
 
 
-def _texts(ids: Iterable[Any]) -> list[str]:
-    if isinstance(ids, (str, bytes)):
-        raise UsageError(f"expected a list of ids, got the single text {ids!r}.")
-    return [str(name) for name in ids]
+def _arrow_table(frame: Any) -> pa.Table:
+    if isinstance(frame, pa.Table):
+        return frame
+    if hasattr(frame, "to_arrow"):
+        return frame.to_arrow()
+    try:
+        return pa.Table.from_pandas(frame, preserve_index=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, AttributeError, TypeError) as error:
+        raise UsageError(f"the frame cannot be read: {error}.") from None

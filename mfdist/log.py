@@ -67,9 +67,8 @@ class Progress:
         left = (self._total - self._done) / rate if rate else math.inf
         share = 100 * self._done / max(self._total, 1)
         shown = time.strftime("%H:%M:%S", time.gmtime(left)) if math.isfinite(left) else "unknown"
-        return (
-            f"{self._label} {share:.0f}% | {rate / 1e6:.3f} M {self._unit}/s | eta {shown}{' | ' if text else ''}{text}"
-        )
+        speed = f"{rate / 1e6:.3f} M" if self._unit == "ratings" or rate >= 1e6 else f"{rate:,.0f}"
+        return f"{self._label} {share:.0f}% | {speed} {self._unit}/s | eta {shown}{' | ' if text else ''}{text}"
 
     def __enter__(self) -> Progress:
         return self

@@ -99,6 +99,22 @@ def remove(path: str) -> None:
         fs.rm(inner, recursive=True)
 
 
+def move(source: str, target: str) -> None:
+    """Give a file another name in the same store, in the place of what has it."""
+    if is_local(source):
+        os.replace(local_path(source), local_path(target))
+        return
+    fs, inner = filesystem(source)
+    fs.mv(inner, filesystem(target)[1])
+
+
+def version(path: str) -> str:
+    """What changes when a file is written again, as its store tells it (size, time, or tag)."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    return str(fs.checksum(inner))
+
+
 def open_read(path: str) -> IO[bytes]:
     fs, inner = filesystem(path)
     stream: IO[bytes] = fs.open(inner, "rb")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import numpy as np
+import pandas
+import polars
+import pyarrow as pa
 import pytest
 from datasets import make_dataset
 from test_evaluate import write_run
@@ -54,6 +58,12 @@ def test_whole_numbers_are_the_ids_that_they_spell(tmp_path, dataset):
     expected_ratings = model.predict(["22", "33"], ["i1", "i1"]).tolist()
     assert model.predict([22, 33], ["i1", "i1"]).tolist() == expected_ratings
     assert model.predict(np.array([22, 33]), ["i1", "i1"]).tolist() == expected_ratings
+    assert model.predict([22.0, 33.0], ["i1", "i1"]).tolist() == expected_ratings
+    assert model.predict(np.array([22, 33], np.float32), ["i1", "i1"]).tolist() == expected_ratings
+    assert (
+        model.recommend([22.0], k=3).column("item_id").to_pylist()
+        == model.recommend(["22"], k=3)["item_id"].to_pylist()
+    )
     assert expected_ratings[0] != expected_ratings[1]
 
 
@@ -81,23 +91,68 @@ def test_mistakes_are_explained(tmp_path, run):
     model = mfdist.load(run)
     with pytest.raises(UsageError, match="as many"):
         model.predict(["u1"], [])
-    with pytest.raises(UsageError, match="single text"):
-        model.predict("u1", ["i1"])
+    for alone in ("u1", 1, 1.0, None):
+        with pytest.raises(UsageError, match="a list of ids"):
+            model.predict(alone, ["i1"])
+        with pytest.raises(UsageError, match="a list of ids"):
+            model.recommend(alone)
+    with pytest.raises(UsageError, match="cannot be an id"):
+        model.recommend([float("nan")])
     with pytest.raises(UsageError, match="at least 1"):
         model.recommend(["u1"], k=0)
     with pytest.raises(AttributeError):
         _ = mfdist.nothing
 
 
-def test_loading_needs_no_library_of_preparation(run):
+def test_the_folder_of_the_model_itself(run, tmp_path):
+    whole = mfdist.load(run).predict(["u1"], ["i1"]).tolist()
+    assert mfdist.load(f"{run}/model").predict(["u1"], ["i1"]).tolist() == whole
+    assert mfdist.load(f"{run}/model/").exported.run == run
+    os.rename(f"{run}/model", tmp_path / "alone")
+    assert mfdist.load(str(tmp_path / "alone")).predict(["u1"], ["i1"]).tolist() == whole
+
+
+@pytest.mark.parametrize("kind", ["pandas", "polars", "arrow"])
+def test_predict_a_frame(run, kind):
+    columns = {"who": ["u7", "nobody", "u7"], "what": ["i0", "i1", "nothing"], "rating": [1, 2, 3]}
+    frame = {"pandas": pandas.DataFrame, "polars": polars.DataFrame, "arrow": pa.table}[kind](columns)
+    model = mfdist.load(run)
+    table = model.predict_frame(frame, user_id="who", item_id="what")
+    assert table.column_names == ["who", "what", "rating", "prediction", "known_user", "known_item"]
+    assert table["prediction"].to_pylist() == model.predict(columns["who"], columns["what"]).tolist()
+    assert table["known_user"].to_pylist() == [True, False, True]
+    assert table["known_item"].to_pylist() == [True, True, False]
+    with pytest.raises(UsageError, match="no column 'user_id'"):
+        model.predict_frame(frame)
+
+
+def test_predicting_needs_numpy_and_pyarrow_and_no_third_of_a_second(run):
     code = f"""
-import sys
-for name in ("polars", "pydantic", "surprise"):
+import sys, time
+for name in ("torch", "numba", "polars", "pydantic", "surprise", "tqdm"):
     sys.modules[name] = None
 import mfdist
-assert "torch" not in sys.modules and "pyarrow" not in sys.modules, "import mfdist is light"
-print(mfdist.load({run!r}).predict(["u1"], ["i1"])[0])
+assert "numpy" not in sys.modules and "pyarrow" not in sys.modules, "import mfdist is light"
+began = time.process_time()
+model = mfdist.load({run!r})
+seconds = time.process_time() - began
+print(model.predict(["u1"], ["i1"])[0], seconds)
+"""
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120) for _ in range(2)]
+    assert runs[0].returncode == 0, runs[0].stderr
+    rating, seconds = runs[1].stdout.split()
+    assert float(rating) == mfdist.load(run).predict(["u1"], ["i1"])[0]
+    assert float(seconds) < 0.5, "0.3 s and what a busy machine adds"
+
+
+def test_recommending_needs_no_torch(run):
+    code = f"""
+import sys
+for name in ("torch", "polars"):
+    sys.modules[name] = None
+import mfdist
+print(mfdist.load({run!r}).recommend(["u1"], k=2, exclude_seen=True)["item_id"].to_pylist()[0])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == mfdist.load(run).predict(["u1"], ["i1"])[0]
+    assert done.stdout.strip() == mfdist.load(run).recommend(["u1"], k=2, exclude_seen=True)["item_id"][0].as_py()

@@ -1,8 +1,11 @@
-"""Write the top items of users as Parquet: user_id, item_id, rank, score.
+"""Write the best items of users that they have not rated yet, as Parquet or CSV: user_id, item_id, rank, score.
 
 python jobs/recommend.py --run-dir runs/advanced --out recommendations.parquet
-python -m mfdist.launch --nproc_per_node=4 jobs/recommend.py --run-dir runs/advanced --exclude-seen --out best.parquet
-python jobs/recommend.py --run-dir runs/advanced --users users.txt --top-k 20 --out few.parquet
+python -m mfdist.launch --nproc_per_node=4 jobs/recommend.py --run-dir runs/advanced --out best.csv
+python jobs/recommend.py --run-dir runs/advanced --users users.txt --top-k 20 --include-seen --out few.parquet
+python jobs/recommend.py --run-dir runs/advanced --deny sold_out.txt --min-item-ratings 20 --out better.parquet
+
+A signal ends it with 75; finished parts are kept beside the output, and the same command goes on with the others.
 """
 
 from __future__ import annotations
@@ -17,17 +20,20 @@ from mfdist.cluster.world import World
 from mfdist.config import parse_config
 from mfdist.data.dataset import Dataset
 from mfdist.errors import exit_code_of
+from mfdist.log import Console
 from mfdist.results.recommend import RecommendConfig, recommend
 from mfdist.results.trained_on import dataset_of_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(RecommendConfig, argv, __doc__ or "")
-    dataset = Dataset.open(config.data or dataset_of_run(config.run_dir)) if config.exclude_seen else None
+    dataset = Dataset.open(config.data or dataset_of_run(config.run_dir)) if config.needs_dataset else None
     with World.open(config.device) as world:
-        users = recommend(config, world, dataset)
-        if world.is_main:
-            print(f"{storage.redact(config.out)}: the best {config.top_k} items of {users:,} users")
+        console = Console(world.is_main)
+        found = recommend(config, world, dataset, console)
+        fate = "left out" if config.unknown_users == "skip" else "given items by bias"
+        unknown = f"; {found.unknown:,} unknown to training were {fate}" if found.unknown else ""
+        console.info(f"{storage.redact(config.out)}: the best {config.top_k} items of {found.users:,} users{unknown}")
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mfdist.data.id_text import float_id
 from mfdist.prepare import delimited_text
 from mfdist.prepare.columns import Layout
 from mfdist.prepare.row_blocks import (
@@ -18,7 +19,6 @@ from mfdist.prepare.row_blocks import (
     REASONS,
     Block,
     Rules,
-    float_id,
     judge,
     parse_number,
     parse_time,

@@ -1,7 +1,6 @@
 """Blocks of checked rows, which every format becomes, and what ids, ratings and times may be.
 
-An id is its text: 7 in JSON or Parquet and "7" in CSV are one id, "007" is another. A whole float id (12.0, as
-pandas makes of integers beside a missing one) is "12"; other floats are their shortest decimal text. Timestamps are
+An id is its text (``data.id_text``). Timestamps are
 whole numbers as given (fractions are cut off); dates and times of Parquet become seconds since 1970.
 """
 
@@ -89,7 +88,3 @@ def judge(rating: npt.NDArray[np.float64], good: npt.NDArray[np.bool_], rules: R
         rejects.append((line, OUT_OF_SCALE if finite[i] else NOT_FINITE, raw))
     rejects.sort(key=lambda reject: reject[0])
     return finite & inside
-
-
-def float_id(value: float) -> str:
-    return str(int(value)) if value == int(value) else repr(value)

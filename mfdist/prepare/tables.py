@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mfdist import storage
+from mfdist.data.id_text import float_id
 from mfdist.errors import DataError
 from mfdist.prepare import delimited_text
 from mfdist.prepare.columns import Layout
@@ -24,7 +25,6 @@ from mfdist.prepare.row_blocks import (
     REASONS,
     Block,
     Rules,
-    float_id,
     judge,
     parse_number,
     parse_time,

@@ -23,7 +23,6 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mfdist import storage
@@ -128,8 +127,9 @@ class ExportedModel:
     without them the prediction is the training mean.
     """
 
-    def __init__(self, run: str, config: dict[str, Any], tensors: dict[str, Array]) -> None:
+    def __init__(self, run: str, folder: str, config: dict[str, Any], tensors: dict[str, Array]) -> None:
         self.run = run
+        self.folder = folder
         self.config = config
         self.user_embedding = tensors["user_embedding"]
         self.item_embedding = tensors["item_embedding"]
@@ -140,8 +140,13 @@ class ExportedModel:
 
     @staticmethod
     def open(run: str) -> ExportedModel:
-        """DataError where RUN has no model, or a damaged one."""
-        path = model_path(run, "config.json")
+        """The model of a run directory, or of its own folder; DataError where there is none, or a damaged one."""
+        folder = model_path(run)
+        if not storage.exists(storage.join(folder, "config.json")) and storage.exists(
+            storage.join(run, "model.safetensors")
+        ):
+            folder, run = run.rstrip("/"), run.rstrip("/").removesuffix("/model")
+        path = storage.join(folder, "config.json")
         try:
             config = json.loads(storage.read_text(path))
         except (FileNotFoundError, NotADirectoryError):
@@ -152,9 +157,15 @@ class ExportedModel:
         if config.get("format_version") != FORMAT_VERSION:
             raise DataError(f"{storage.redact(path)} has format version {config.get('format_version')}, this mfdist "
                             f"reads {FORMAT_VERSION}; export the run again.")  # fmt: skip
-        tensors = _read_tensors(model_path(run, "model.safetensors"))
-        _check_shapes(tensors, config, storage.redact(model_path(run, "model.safetensors")))
-        return ExportedModel(run, config, tensors)
+        tables = storage.join(folder, "model.safetensors")
+        tensors = _read_tensors(tables)
+        _check_shapes(tensors, config, storage.redact(tables))
+        return ExportedModel(run, folder, config, tensors)
+
+    def identity(self) -> list[str]:
+        """What changes when the model is exported anew, other runs' models included."""
+        text = storage.read_text(storage.join(self.folder, "config.json"))
+        return [text, storage.version(storage.join(self.folder, "model.safetensors"))]
 
     @property
     def num_users(self) -> int:
@@ -193,7 +204,7 @@ class ExportedModel:
 
     def ids(self, side: str, first: int = 0, end: int | None = None) -> pa.ChunkedArray:
         """Original ids (strings) of rows ``first`` to ``end`` of ``side`` ('users' or 'items')."""
-        path = model_path(self.run, f"{side}.parquet")
+        path = storage.join(self.folder, f"{side}.parquet")
         if side not in self._ids and storage.size(path) <= CACHED_VOCABULARY_BYTES:
             self._ids[side] = column_range(path, "id", 0, None)
         if side in self._ids:
@@ -202,6 +213,8 @@ class ExportedModel:
 
     def rows_of(self, side: str, ids: Sequence[str] | pa.Array) -> npt.NDArray[np.int64]:
         """Row numbers of original ids, -1 where the vocabulary does not have one; one pass over the vocabulary."""
+        import pyarrow.compute as pc  # a third of the time that loading takes
+
         wanted = pa.array(ids, pa.string())
         unique = wanted.unique()
         rows = np.full(len(unique) + 1, -1, np.int64)
