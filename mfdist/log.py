@@ -1,6 +1,7 @@
-"""What a run says: lines on the console, a progress bar on a terminal, and ``metrics.jsonl``.
+"""What a run says: lines on the console, progress while it works, and ``metrics.jsonl``.
 
-Only rank 0 speaks. On a terminal the bar is redrawn in place; elsewhere a plain line every ten seconds.
+Only rank 0 speaks. On a terminal a bar is redrawn in place every second, whether or not anything moves; elsewhere there
+is a plain line every ten seconds. So a job that is at work is never silent.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
@@ -16,6 +19,9 @@ from tqdm import tqdm
 from mfdist import storage
 
 PLAIN_INTERVAL_SECONDS = 10.0
+REDRAW_SECONDS = 1.0
+PATIENCE_SECONDS = 0.7
+"""How long work of unknown length may stay unsaid: shorter work is not worth a line."""
 
 
 class Console:
@@ -35,47 +41,102 @@ class Console:
             sys.stderr.flush()
 
     def progress(self, label: str, total: int, start: int = 0, unit: str = "ratings") -> Progress:
+        """``total`` units of known number, ``start`` of them done before."""
         return Progress(label, total, start, unit, self.speaks)
+
+    def busy(self, label: str) -> Progress:
+        """Work of unknown length: said with the time that it takes, where it takes any."""
+        return Progress(label, None, 0, "", self.speaks)
 
 
 class Progress:
-    """How far a pass of ``total`` units is, with rate and time left. Use as a context manager."""
+    """How far a pass of ``total`` units is, with rate and time left. Use as a context manager.
 
-    def __init__(self, label: str, total: int, start: int, unit: str, speaks: bool) -> None:
+    ``total`` None: only the time so far is shown. A thread redraws the bar, or prints the line that is due, also while
+    :meth:`advance` is not called.
+    """
+
+    def __init__(self, label: str, total: int | None, start: int, unit: str, speaks: bool) -> None:
         self._label, self._total, self._unit, self._done, self._start = label, total, unit, start, start
         self._began = self._spoke = time.monotonic()
-        self._speaks = speaks
+        self._note, self._speaks, self._said = "", speaks, False
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
         self._bar = None
-        if speaks and sys.stderr.isatty():
-            self._bar = tqdm(desc=label, total=total, initial=start, unit=" " + unit, unit_scale=True, leave=False)
+        self._terminal = speaks and sys.stderr.isatty()
+        if self._terminal and total is not None:
+            self._bar = tqdm(desc=label, total=total, initial=start, unit=" " + unit, unit_scale=True, leave=False,
+                             dynamic_ncols=True)  # fmt: skip
 
     def advance(self, units: int, note: str = "") -> None:
         """``units`` more are done; ``note`` stands behind the line when one is shown."""
         self._done += units
         if self._bar is not None:
-            self._bar.update(units)
-        now = time.monotonic()
-        if self._speaks and now - self._spoke >= PLAIN_INTERVAL_SECONDS:
-            self._spoke = now
-            if self._bar is not None:
+            if note and note != self._note:
                 self._bar.set_postfix_str(note, refresh=False)
-            else:
-                print(self._line(now, note), flush=True)
+            self._bar.update(units)
+        self._note = note
+        if self._speaks and not self._terminal:
+            self._plain_line_if_due()
 
-    def _line(self, now: float, text: str) -> str:
+    def reach(self, done: int) -> None:
+        """As :meth:`advance`, up to a number of units that is done by now; nothing where it is no more than before."""
+        if done > self._done:
+            self.advance(done - self._done, self._note)
+
+    def _look(self) -> None:
+        """The thread: redraw, or speak, until the end."""
+        wait = PATIENCE_SECONDS if self._total is None else REDRAW_SECONDS
+        while not self._end.wait(wait):
+            wait = REDRAW_SECONDS
+            if self._bar is None and self._terminal:
+                self._bar = tqdm(desc=self._label, bar_format="{desc}: {elapsed}", leave=False)
+            elif self._bar is not None:
+                self._bar.refresh()
+            elif self._total is None and not self._said:
+                self._print(f"{self._label} ...")
+            else:
+                self._plain_line_if_due()
+
+    def _plain_line_if_due(self) -> None:
+        now = time.monotonic()
+        if now - self._spoke >= PLAIN_INTERVAL_SECONDS:
+            self._print(self._line(now))
+
+    def _print(self, text: str) -> None:
+        self._spoke, self._said = time.monotonic(), True
+        print(text, flush=True)
+
+    def _line(self, now: float) -> str:
+        if self._total is None:
+            return f"{self._label}: {now - self._began:.0f} s so far"
         rate = (self._done - self._start) / max(now - self._began, 1e-9)
         left = (self._total - self._done) / rate if rate else math.inf
         share = 100 * self._done / max(self._total, 1)
         shown = time.strftime("%H:%M:%S", time.gmtime(left)) if math.isfinite(left) else "unknown"
         speed = f"{rate / 1e6:.3f} M" if self._unit == "ratings" or rate >= 1e6 else f"{rate:,.0f}"
-        return f"{self._label} {share:.0f}% | {speed} {self._unit}/s | eta {shown}{' | ' if text else ''}{text}"
+        note = f" | {self._note}" if self._note else ""
+        return f"{self._label} {share:.0f}% | {speed} {self._unit}/s | eta {shown}{note}"
 
     def __enter__(self) -> Progress:
+        if self._speaks:
+            self._thread = threading.Thread(target=self._look, name="progress", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join()
         if self._bar is not None:
             self._bar.close()
+        seconds = time.monotonic() - self._began
+        if self._total is None and error[0] is None and (self._said or (self._bar is not None and seconds > 2)):
+            tqdm.write(f"{self._label}: {seconds:.0f} s", file=sys.stdout)
+            sys.stdout.flush()
+
+
+Record = dict[str, Any]
 
 
 class MetricsLog:
@@ -85,28 +146,40 @@ class MetricsLog:
     file is uploaded by :meth:`publish`, which a run calls at each checkpoint and at its end.
     """
 
-    def __init__(self, path: str | None, keep_until_step: int | None = None) -> None:
-        """Records past ``keep_until_step`` are dropped (None: the file starts empty)."""
-        self._path = path
+    def __init__(
+        self, path: str | None, keep_until_step: int | None = None, listen: Callable[[Record], None] | None = None
+    ) -> None:
+        """Records past ``keep_until_step`` are dropped (None: the file starts empty).
+
+        ``listen`` is called with every record that is kept, and then with every one that is written.
+        """
+        self._path, self._listen = path, listen
         self._lines: list[str] = []
         if path is None:
             return
         if keep_until_step is not None and storage.exists(path):
             self._lines = [line for line in storage.read_text(path).splitlines() if _step_of(line) <= keep_until_step]
         storage.write_text(path, "".join(line + "\n" for line in self._lines))
+        if listen is not None:
+            for line in self._lines:
+                listen(json.loads(line))
 
     def write(self, kind: str, **values: Any) -> None:
         if self._path is None:
             return
         record = {"kind": kind, "time": round(time.time(), 3), **values}
-        line = json.dumps({key: _finite(value) for key, value in record.items()})
+        record = {key: _finite(value) for key, value in record.items()}
+        line = json.dumps(record)
         self._lines.append(line)
         if storage.is_local(self._path):
             with open(storage.local_path(self._path), "a") as stream:
                 stream.write(line + "\n")
+        if self._listen is not None:
+            self._listen(record)
 
-    def records(self, kind: str) -> list[dict[str, Any]]:
-        return [record for record in map(json.loads, self._lines) if record["kind"] == kind]
+    def records(self, kind: str | None = None) -> list[Record]:
+        """Those of one kind, or all."""
+        return [record for record in map(json.loads, self._lines) if kind in (None, record["kind"])]
 
     def publish(self) -> None:
         if self._path is not None and not storage.is_local(self._path):

@@ -6,7 +6,7 @@ OUT/mf, mf_advanced     the vignette's models with its settings; OUT/svd its bas
                         a file of that size quick.toml (with --quick recipe.toml)
 OUT/comparison.json     all of them on the same validation rows
 OUT/result.json         every number with pass or fail, seconds and peak memory of every step
-OUT/index.html, vignette.png   the page, the vignette's figures beside ours
+OUT/index.html          the page, the vignette's figures beside ours
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def test_the_page_stands_alone_and_escapes(tmp_path, dataset):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
-    for text in ("1.3000", "1.2900", "floor: item mean", "cold both", "last epoch", "vignette"):
+    for text in ("1.3000", "1.2900", "mean of the item", "neither seen in training", "last epoch", "vignette"):
         assert text in page, text
 
 

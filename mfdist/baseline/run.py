@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mfdist import storage
 from mfdist.baseline import svd
 from mfdist.baseline.svd import FittedSVD
@@ -17,10 +19,10 @@ from mfdist.data.dataset import Dataset
 from mfdist.data.loader import available_bytes
 from mfdist.errors import UsageError
 from mfdist.log import Console, MetricsLog
-from mfdist.metrics import SliceSums
 from mfdist.results import report
-from mfdist.results.evaluate import floors
+from mfdist.results.error_sums import ErrorSums, headline_of
 from mfdist.results.export import write_model
+from mfdist.results.floors import floors
 
 JOB = "baseline_svd"
 CHECKED_ROWS = 2000
@@ -61,17 +63,18 @@ def run_baseline(config: BaselineConfig, console: Console | None = None) -> dict
             advance=progress.advance,
         )  # fmt: skip
     fit_end = time.monotonic()
-    sums, worst = _measure(fitted, dataset, config.sample_users)
+    sums, worst = _measure(fitted, dataset, config.sample_users, console)
     console.info(f"predictions equal svd.test to {worst:.0e} on the first {CHECKED_ROWS} validation rows")
-    epochs = _epochs(fitted, fit_end, sums.summary()["headline"])
-    table = _report(config, dataset, epochs, sums, began)
+    figures = sums.figures()
+    epochs = _epochs(fitted, fit_end, figures)
+    table = _report(config, dataset, epochs, figures, began)
     write_model(config.run_dir, fitted.tensors(), _model_config(config), dataset)
     log = MetricsLog(storage.join(config.run_dir, "metrics.jsonl"))
     for entry in epochs:
         log.write("epoch", **entry)
     log.write("done", wall_seconds=table["wall_seconds"])
     log.publish()
-    report.write_report(config.run_dir, table)
+    report.write_report(config.run_dir, table, figures, log.records())
     return table
 
 
@@ -84,16 +87,23 @@ def _check_run(run: str) -> None:
         raise UsageError(f"--run-dir {storage.redact(run)} holds the report of another job; name another directory.")
 
 
-def _measure(fitted: FittedSVD, dataset: Dataset, sample: float) -> tuple[SliceSums, float]:
+def _measure(fitted: FittedSVD, dataset: Dataset, sample: float, console: Console) -> tuple[ErrorSums, float]:
     """Error sums over the validation rows, and the largest difference to svd.test on the first of them."""
-    sums = SliceSums(*dataset.manifest.rating_scale, dataset.manifest.rating_step)
+    sums, total = ErrorSums(dataset.manifest), round(dataset.manifest.num_ratings["val"] * sample)
     worst, unchecked = 0.0, CHECKED_ROWS
-    for user, item, rating in svd.rows_of(dataset, "val", sample):
-        if unchecked > 0:
-            worst = max(worst, fitted.check(user[:unchecked], item[:unchecked], rating[:unchecked]))
-            unchecked -= len(user)
-        cold = fitted.trainset.user_inner[user] < 0, fitted.trainset.item_inner[item] < 0
-        sums.add(fitted.predict(user, item), rating, *cold)
+    known = fitted.trainset.user_inner, fitted.trainset.item_inner
+    trained = dataset.counts("users"), dataset.counts("items")
+    with console.progress("measure", total) as progress:
+        for user, item, rating in svd.rows_of(dataset, "val", sample):
+            if unchecked > 0:
+                worst = max(worst, fitted.check(user[:unchecked], item[:unchecked], rating[:unchecked]))
+                unchecked -= len(user)
+            users, items = (  # of a sample the model knows fewer
+                np.where(inner[rows] < 0, 0, np.maximum(counts[rows], 1))
+                for inner, counts, rows in zip(known, trained, (user, item), strict=True)
+            )
+            sums.add(fitted.predict(user, item), rating, user, item, (users, items))
+            progress.advance(len(user))
     return sums, worst
 
 
@@ -112,16 +122,16 @@ def _epochs(fitted: FittedSVD, end: float, headline: dict[str, Any]) -> list[dic
 
 
 def _report(
-    config: BaselineConfig, dataset: Dataset, epochs: list[dict[str, Any]], sums: SliceSums, began: float
+    config: BaselineConfig, dataset: Dataset, epochs: list[dict[str, Any]], figures: dict[str, Any], began: float
 ) -> dict[str, Any]:
-    summary = sums.summary()
+    headline = headline_of(figures)
     whole = config.sample_users >= 1.0
     return report.new_report(
         job=JOB, model="svd", manifest=dataset.manifest, world_size=1, device="cpu", seed=config.seed,
         config=to_dict(config), epochs=epochs,
-        final=report.result(config.epochs, summary["headline"], "last epoch"),
-        best_on_val=report.result(config.epochs, summary["headline"], "last epoch: Surprise measures no other"),
-        slices=summary["slices"],
+        final=report.result(config.epochs, headline, "last epoch"),
+        best_on_val=report.result(config.epochs, headline, "last epoch: Surprise measures no other"),
+        slices=figures["slices"],
         floors=floors(dataset, World.alone()) if whole else {},  # they are of all rows, not of the sample's
         wall_seconds=time.monotonic() - began,
     )  # fmt: skip

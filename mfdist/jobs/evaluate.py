@@ -1,7 +1,7 @@
 """Evaluate runs on their validation rows: one table with floors, slices and tested differences.
 
 python jobs/evaluate.py runs/advanced
-python -m mfdist.launch --nproc_per_node=4 jobs/evaluate.py runs/advanced runs/svd --out comparison.json
+python -m mfdist.launch --nproc_per_node=4 jobs/evaluate.py runs/advanced runs/svd --html comparison.html
 python jobs/evaluate.py runs/advanced --require-better runs/svd     # ends with 5 unless it is
 """
 
@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = evaluate_runs(config, world)
         if world.is_main:
             print(format_table(result))
-            if config.out is not None:
-                write_result(config.out, result)
+            for path in write_result(config, result):
+                print(f"written: {path}")
     check_required(config, result)
     return 0
 

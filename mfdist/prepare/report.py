@@ -1,27 +1,21 @@
-"""DATA/report: what a dataset looks like, as PNG figures and one page that holds them all."""
+"""DATA/report: what a dataset looks like, as PNG figures and as one page with figures of its own."""
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mfdist import storage
+from mfdist import __version__, storage
 from mfdist.data.dataset import Manifest
+from mfdist.pages.charts import Series, bar_chart, line_chart
+from mfdist.pages.page import render
 
 MOST_BARS = 50
 FIRST_DAY, END_DAY = -365_000, 2_900_000
 """Days since 1970 that a plot can show: the years 970 to 9909."""
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse}td{padding:.15rem 1.2rem .15rem 0}td+td{text-align:right;"
-    "font-variant-numeric:tabular-nums}img{max-width:30rem;width:100%}"
-    "figure{display:inline-block;margin:.5rem 0}figcaption{color:#555}"
-)
 
 
 def write_dataset_report(
@@ -40,51 +34,65 @@ def write_dataset_report(
     item_activity = dict(zip(found.tolist(), number.tolist(), strict=True))
     title = f"{manifest.name}{' (synthetic)' if manifest.extra.get('synthetic') else ''}"
     figures = [
-        ("ratings.png", "Ratings", _bars(manifest.rating_histogram, f"Ratings, {title}")),
-        ("ratings_per_user.png", "Ratings per user (log-log)",
+        ("ratings.png", _bars(manifest.rating_histogram, f"Ratings, {title}")),
+        ("ratings_per_user.png",
          _points(user_activity, f"Ratings per user, {title}", "ratings of a user", "users")),
-        ("ratings_per_item.png", "Training ratings per item (log-log)",
+        ("ratings_per_item.png",
          _points(item_activity, f"Ratings per item, {title}", "ratings of an item", "items")),
     ]  # fmt: skip
     if days:
-        figures.append(("activity.png", "Ratings by month", _months(days, f"Ratings by month, {title}")))
-    for name, _, content in figures:
+        figures.append(("activity.png", _months(days, f"Ratings by month, {title}")))
+    for name, content in figures:
         storage.write_bytes(storage.join(root, "report", name), content)
-    storage.write_text(storage.join(root, "report", "index.html"), _page(manifest, title, figures))
-
-
-def _page(manifest: Manifest, title: str, figures: list[tuple[str, str, bytes]]) -> str:
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in _facts(manifest))
-    images = "".join(
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-        for _, caption, content in figures
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><table>{rows}</table>{images}</html>\n"
+    storage.write_text(
+        storage.join(root, "report", "index.html"), _page(manifest, title, user_activity, item_activity, days)
     )
 
 
-def _facts(manifest: Manifest) -> list[tuple[str, str]]:
+def _page(
+    manifest: Manifest, title: str, users: dict[int, int], items: dict[int, int], days: dict[int, int]
+) -> str:  # fmt: skip
     train, val = manifest.num_ratings["train"], manifest.num_ratings["val"]
+    low, high = manifest.rating_scale
     cold = manifest.extra["cold"]
+    names = {"cold_user": "of users without training ratings", "cold_item": "of items without training ratings",
+             "cold_both": "of both"}  # fmt: skip
+    rejected = [(f"rejected: {reason}", count) for reason, count in sorted(manifest.rejected.items())]
+    cells = max(manifest.num_users * manifest.num_items, 1)
+    return render(
+        "dataset.html", title=title, manifest=manifest, synthetic=bool(manifest.extra.get("synthetic")),
+        cards_=[(train + val, "ratings"), (manifest.num_users, "users"), (manifest.num_items, "items"),
+                (manifest.global_mean, f"mean training rating, on a scale of {low:g} to {high:g}"),
+                (f"{(train + val) / cells:.2%}", "of all pairs are rated")],
+        figures=_figures(manifest, users, items, days),
+        accounts=[("training", train), ("validation", val), ("filtered", manifest.filtered),
+                  ("duplicates merged", manifest.merged), *rejected],
+        cold=[(text, cold[name], f"{cold[name] / max(val, 1):.1%}") for name, text in names.items()],
+        sources=[(source["path"], source["rows"]) for source in manifest.sources[:50]],
+        footer=f"mfdist {__version__}",
+    )  # fmt: skip
 
-    def share(count: int) -> str:
-        return f"{count:,} ({count / max(val, 1):.1%})"
 
-    facts = [
-        ("training ratings", f"{train:,}"), ("validation ratings", f"{val:,}"), ("users", f"{manifest.num_users:,}"),
-        ("items", f"{manifest.num_items:,}"), ("mean training rating", f"{manifest.global_mean:.4f}"),
-        ("scale", f"{manifest.rating_scale[0]:g} to {manifest.rating_scale[1]:g}, step {manifest.rating_step:g}"),
-        ("validation rows of users without training ratings", share(cold["cold_user"])),
-        ("validation rows of items without training ratings", share(cold["cold_item"])),
-        ("validation rows of both", share(cold["cold_both"])),
-        ("rows filtered", f"{manifest.filtered:,}"), ("duplicates merged", f"{manifest.merged:,}"),
-    ]  # fmt: skip
-    facts += [(f"rejected: {reason}", f"{count:,}") for reason, count in sorted(manifest.rejected.items())]
-    facts += [(f"source {s['path']}", f"{s['rows']:,} rows") for s in manifest.sources[:50]]
-    return [*facts, ("fingerprint", manifest.fingerprint)]
+def _figures(
+    manifest: Manifest, users: dict[int, int], items: dict[int, int], days: dict[int, int]
+) -> list[tuple[str, Any, str]]:
+    values, counts = _few_bars(manifest.rating_histogram)
+    found = [("Ratings", bar_chart([(f"{v:.3g}", n) for v, n in zip(values, counts, strict=True)], "rating", "ratings"),
+              "")]  # fmt: skip
+    for name, activity, tone in (("user", users, "a"), ("item", items, "c")):
+        points = [(float(degree), float(number)) for degree, number in sorted(activity.items()) if degree > 0]
+        if len(points) > 1:
+            what = "ratings" if name == "user" else "training ratings"
+            chart = line_chart([Series(f"{name}s", points, tone, "dots")], f"{what} of a {name}".replace("a i", "an i"),
+                               f"{name}s", log_x=True, log_y=True)  # fmt: skip
+            found.append((f"{what.capitalize()} per {name}", chart, "Both axes are logarithmic."))
+    months, total = _by_month(days)
+    if len(months) > 1:
+        years = [1970 + int(month) / 12 for month in months]
+        chart = line_chart([Series("ratings", list(zip(years, total.tolist(), strict=True)), "d", "plain")], "year",
+                           "ratings in a month", from_zero=True, years=True)  # fmt: skip
+        found.append(("Ratings by month", chart, ""))
+    return found
 
 
 def _png(draw: Any, title: str, x: str, y: str) -> bytes:
@@ -103,11 +111,7 @@ def _png(draw: Any, title: str, x: str, y: str) -> bytes:
 
 
 def _bars(histogram: list[tuple[float, int]], title: str) -> bytes:
-    values = np.array([value for value, _ in histogram])
-    counts = np.array([count for _, count in histogram])
-    if values.size > MOST_BARS:  # bars as thin as their distance would not be seen
-        counts, edges = np.histogram(values, MOST_BARS, weights=counts)
-        values = (edges[:-1] + edges[1:]) / 2
+    values, counts = _few_bars(histogram)
     width = 0.85 * float(np.diff(values).min()) if values.size > 1 else 0.8
 
     def draw(axes: Any) -> None:
@@ -117,6 +121,26 @@ def _bars(histogram: list[tuple[float, int]], title: str) -> bytes:
             axes.set_xticks(values)
 
     return _png(draw, title, "rating", "ratings")
+
+
+def _few_bars(histogram: list[tuple[float, int]]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Values and counts of at most MOST_BARS bars."""
+    values = np.array([value for value, _ in histogram], np.float64)
+    counts = np.array([count for _, count in histogram], np.float64)
+    if values.size > MOST_BARS:  # bars as thin as their distance would not be seen
+        counts, edges = np.histogram(values, MOST_BARS, weights=counts)
+        values = (edges[:-1] + edges[1:]) / 2
+    return values, counts
+
+
+def _by_month(days: dict[int, int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Months since January 1970 that can be shown, and the ratings of each."""
+    found = np.array(sorted(days), np.int64)
+    counts = np.array([days[int(day)] for day in found], np.int64)
+    usable = (found >= FIRST_DAY) & (found < END_DAY)
+    months = found[usable].astype("datetime64[D]").astype("datetime64[M]").astype(np.int64)
+    at, place = np.unique(months, return_inverse=True)
+    return at, np.bincount(place, weights=counts[usable], minlength=at.size).astype(np.float64)
 
 
 def _points(activity: dict[int, int], title: str, x: str, y: str) -> bytes:
@@ -137,12 +161,7 @@ def _points(activity: dict[int, int], title: str, x: str, y: str) -> bytes:
 def _months(days: dict[int, int], title: str) -> bytes:
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, DateFormatter
 
-    found = np.array(sorted(days), np.int64)
-    counts = np.array([days[int(day)] for day in found], np.int64)
-    usable = (found >= FIRST_DAY) & (found < END_DAY)
-    months = found[usable].astype("datetime64[D]").astype("datetime64[M]").astype(np.int64)
-    at, place = np.unique(months, return_inverse=True)
-    total = np.bincount(place, weights=counts[usable], minlength=at.size) if at.size else np.zeros(0)
+    at, total = _by_month(days)
 
     def draw(axes: Any) -> None:
         dates = at.astype("datetime64[M]").astype("datetime64[D]")

@@ -21,17 +21,15 @@ from mfdist.config import flag, positional
 from mfdist.data.batch_order import lanes_of_rank
 from mfdist.data.dataset import Dataset
 from mfdist.errors import ComparisonError, UsageError
-from mfdist.metrics import SliceSums
+from mfdist.log import Console
+from mfdist.results.comparison_page import comparison_page, verdict
+from mfdist.results.error_sums import ErrorSums, deciles
 from mfdist.results.export import ExportedModel
 from mfdist.results.floors import LaneUsers, floors, lane_rows
 from mfdist.results.ranking import rank_metrics
 from mfdist.results.trained_on import dataset_of_run, sample_of_run
 
-__all__ = ["EvaluateConfig", "check_required", "evaluate_runs", "floors", "format_table"]
-
-ACTIVITY_CAP = 4096
-"""Training counts from here on share a bin when deciles are made."""
-CALIBRATION_BINS = 20
+__all__ = ["EvaluateConfig", "check_required", "deciles", "evaluate_runs", "floors", "format_table"]
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -45,6 +43,7 @@ class EvaluateConfig:
     split: str = flag("val", "rows to evaluate on", choices=("val", "train"))
     data: str | None = flag(None, "dataset directory, where it has moved since training")
     out: str | None = flag(None, "write everything as JSON to this file")
+    html: str | None = flag(None, "write everything as one page, with pictures, to this file")
     require_better: str | None = flag(None, "end with 5 unless the first run is better than this run by the interval")
     margin: float = flag(0.0, "RMSE that the interval's upper end must stay below with --require-better")
     ranking: int = flag(0, "users, chosen by hash, to compute NDCG@10 and recall@10 for; 0: none", at_least=0)
@@ -68,7 +67,10 @@ def evaluate_runs(config: EvaluateConfig, world: World) -> dict[str, Any]:
     if sample < 1 and not all(model.same_rows for model in models):
         raise UsageError("A run on a sample of the users can be compared only with runs of the same prepared dataset.")
     sums = _scan_split(models, dataset, config, world, sample)
-    table = [_figures(model, own, dataset) for model, own in zip(models, sums, strict=True)]
+    table = [
+        {"run": storage.redact(model.run), "model": model.model.config["model"], **own.figures()}
+        for model, own in zip(models, sums, strict=True)
+    ]
     if config.ranking:
         for model, entry in zip(models, table, strict=True):
             entry["ranking"] = model.ranking(dataset, world, config)
@@ -140,119 +142,37 @@ class _EvaluatedModel:
         return rank_metrics(self.model, dataset, world, config.ranking, seed=config.seed)
 
 
-@dataclass
-class _Sums:
-    """Sums of one run: ``activity`` [user, item][training count][rows, sse, sae], ``calibration`` [bin][rows,
-    prediction, rating] and ``blocks`` [block][rows, sse], the last three of clipped predictions.
-    """
-
-    slices: Floats
-    activity: Floats
-    calibration: Floats
-    blocks: Floats
-
-
 def _scan_split(
     models: Sequence[_EvaluatedModel], dataset: Dataset, config: EvaluateConfig, world: World, sample: float
-) -> list[_Sums]:
+) -> list[ErrorSums]:
     """One pass over this rank's lanes for all runs at once, then the sums over ranks; collective."""
     manifest = dataset.manifest
-    low, high = manifest.rating_scale
-    slices = [SliceSums(low, high, manifest.rating_step) for _ in models]
-    sums = [_Sums(own.values, np.zeros((2, ACTIVITY_CAP + 1, 3)), np.zeros((CALIBRATION_BINS, 3)),
-                  np.zeros((metrics.BLOCKS, 2))) for own in slices]  # fmt: skip
+    sums = [ErrorSums(manifest, config.seed) for _ in models]
     item_counts = dataset.counts("items")
-    for lane in lanes_of_rank(len(manifest.lanes), world.rank, world.size):
-        users = LaneUsers(dataset, lane)
-        user_counts = users.counts(dataset)
-        for user, item, rating in lane_rows(dataset, config.split, lane, sample):
-            counts = (user_counts[users.place(user)], item_counts[item])
-            block = metrics.block_of(user, item, config.seed)
-            for model, own, total in zip(models, slices, sums, strict=True):
-                raw = model.predict(user, item)
-                own.add(raw, rating, counts[0] == 0, counts[1] == 0)
-                clipped = metrics.clip_to_scale(raw, low, high)
-                _add_clipped(total, clipped, rating.astype(np.float64), counts, block, (low, high))
-        for model in models:  # the next lane's users are others
-            model.model.release_users()
-    for own, total in zip(slices, sums, strict=True):
-        total.slices, total.activity = world.sum(own.values), world.sum(total.activity)
-        total.calibration, total.blocks = world.sum(total.calibration), world.sum(total.blocks)
+    total = manifest.num_ratings[config.split]
+    with Console(world.is_main).progress(
+        f"evaluate {len(models)} {'run' if len(models) == 1 else 'runs'}", total
+    ) as bar:
+        for lane in lanes_of_rank(len(manifest.lanes), world.rank, world.size):
+            users = LaneUsers(dataset, lane)
+            user_counts = users.counts(dataset)
+            for user, item, rating in lane_rows(dataset, config.split, lane, sample):
+                counts = (user_counts[users.place(user)], item_counts[item])
+                for model, own in zip(models, sums, strict=True):
+                    own.add(model.predict(user, item), rating, user, item, counts)
+                bar.advance(len(user) * world.size)
+            for model in models:  # the next lane's users are others
+                model.model.release_users()
+    for own in sums:
+        own.add_ranks(world.sum)
     return sums
-
-
-def _add_clipped(
-    sums: _Sums, clipped: Floats, rating: Floats, counts: tuple[Array, Array], block: Array, scale: tuple[float, float]
-) -> None:
-    low, high = scale
-    error = clipped - rating
-    for side, count in enumerate(counts):
-        bins = np.minimum(count, ACTIVITY_CAP)
-        sums.activity[side] += _binned(bins, ACTIVITY_CAP + 1, error * error, np.abs(error))
-    place = (clipped - low) / max(high - low, 1e-12) * CALIBRATION_BINS
-    place = np.nan_to_num(np.clip(place, 0, CALIBRATION_BINS - 1)).astype(np.int64)
-    sums.calibration += _binned(place, CALIBRATION_BINS, clipped, rating)
-    sums.blocks += _binned(block, metrics.BLOCKS, error * error)
-
-
-def _binned(bins: Array, size: int, *values: Floats) -> Floats:
-    """(size, 1 + len(values)): rows of each bin and the sums of each value."""
-    rows = np.bincount(bins, minlength=size).astype(np.float64)
-    return np.stack([rows, *(np.bincount(bins, value, size) for value in values)], axis=1)
 
 
 # Figures ------------------------------------------------------------------------------------------
 
 
-def _figures(model: _EvaluatedModel, sums: _Sums, dataset: Dataset) -> dict[str, Any]:
-    manifest = dataset.manifest
-    summary = SliceSums.from_values(sums.slices, *manifest.rating_scale, manifest.rating_step).summary()
-    bins, error = _calibration(sums.calibration)
-    return {
-        "run": storage.redact(model.run),
-        "model": model.model.config["model"],
-        **summary["headline"],
-        "slices": summary["slices"],
-        "user_activity": deciles(sums.activity[0]),
-        "item_activity": deciles(sums.activity[1]),
-        "calibration": bins,
-        "calibration_error": error,
-    }
-
-
-def deciles(activity: Floats) -> list[dict[str, Any]]:
-    """Ten equal parts of the rows by training count of their user (or item): fewer where many rows share a count.
-
-    ``activity``: (counts, 3) sums of rows, squared and absolute errors. A count is never split between two parts.
-    """
-    rows = activity[:, 0]
-    middle = np.cumsum(rows) - rows / 2
-    part = np.minimum((10 * middle / max(rows.sum(), 1.0)).astype(np.int64), 9)
-    found = []
-    for number in range(10):
-        counts = np.flatnonzero((part == number) & (rows > 0))
-        if len(counts):
-            total = activity[counts].sum(axis=0)
-            found.append({
-                "ratings_from": int(counts[0]), "ratings_to": int(counts[-1]), "rows": int(total[0]),
-                "rmse": metrics.rmse(total[1], total[0]), "mae": metrics.mae(total[2], total[0]),
-            })  # fmt: skip
-    return found
-
-
-def _calibration(sums: Floats) -> tuple[list[dict[str, Any]], float | None]:
-    """Mean prediction and mean rating of each bin of predictions, and the mean distance of the two over rows."""
-    bins = [
-        {"rows": int(rows), "predicted": prediction / rows, "actual": rating / rows}
-        for rows, prediction, rating in sums.tolist()
-        if rows
-    ]
-    rows = sums[:, 0].sum()
-    return bins, float(np.abs(sums[:, 1] - sums[:, 2]).sum() / rows) if rows else None
-
-
 def _comparison(
-    config: EvaluateConfig, table: list[dict[str, Any]], sums: Sequence[_Sums], other: int
+    config: EvaluateConfig, table: list[dict[str, Any]], sums: Sequence[ErrorSums], other: int
 ) -> dict[str, Any]:
     difference, low, high = metrics.bootstrap_interval(
         sums[0].blocks[:, 0], sums[0].blocks[:, 1], sums[other].blocks[:, 1], config.seed
@@ -289,14 +209,18 @@ def format_table(result: dict[str, Any]) -> str:
     lines += ["", "RMSE by the user's training ratings", *_aligned(("", *spans), by_activity)]
     lines += _ranking_lines(result["runs"])
     for entry in result["comparisons"]:
-        verdict = "better" if entry["high"] < 0 else "worse" if entry["low"] > 0 else "no difference shown"
         lines.append(f"\n{entry['run']} against {entry['against']}: RMSE {entry['rmse_difference']:+.4f}, 95% interval "
-                     f"[{entry['low']:+.4f}, {entry['high']:+.4f}]: {verdict}")  # fmt: skip
+                     f"[{entry['low']:+.4f}, {entry['high']:+.4f}]: {verdict(entry)}")  # fmt: skip
     return "\n".join(lines)
 
 
-def write_result(path: str, result: dict[str, Any]) -> None:
-    storage.write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+def write_result(config: EvaluateConfig, result: dict[str, Any]) -> list[str]:
+    """Write what --out and --html ask for; returns the paths as they may be shown."""
+    if config.out is not None:
+        storage.write_text(config.out, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    if config.html is not None:
+        storage.write_text(config.html, comparison_page(result))
+    return [storage.redact(path) for path in (config.out, config.html) if path is not None]
 
 
 def _ranking_lines(runs: Sequence[dict[str, Any]]) -> list[str]:

@@ -32,6 +32,7 @@ def finish(session: Session) -> dict[str, Any]:
     if chosen != len(progress.epochs) - 1:
         folder = checkpoint.folder_of(session.run, (chosen + 1) * session.loader.num_steps)
         load(session, folder)
+    diagnosis = session.validation.diagnosis(session.model).figures()
     export_model(session)
     how = "lowest error on the stop rows" if progress.stop_rmse else "last epoch"
     val = [summary["headline"]["val_rmse"] for summary in progress.summaries]
@@ -58,7 +59,7 @@ def finish(session: Session) -> dict[str, Any]:
         )
         session.metrics.publish()
         _write_tensorboard(session)
-        report.write_report(session.run, found)
+        report.write_report(session.run, found, diagnosis, session.metrics.records())
     final = found["final"]
     if final["val_rmse"] is not None:
         session.console.info(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from mfdist.data.scan import scan
 from mfdist.metrics import SliceSums
 from mfdist.model.models import MF
 from mfdist.model.tables import Rows
+from mfdist.results.error_sums import ErrorSums
 from mfdist.results.floors import LaneUsers
 
 CHUNK_ROWS = 1 << 18
@@ -35,15 +36,41 @@ class Validation:
         """Error sums over all ranks' rows of ``split`` with the tables as they are (settled); every rank calls."""
         low, high = self._dataset.manifest.rating_scale
         sums = SliceSums(low, high, self._dataset.manifest.rating_step)
+
+        def add(lane: int, user: Any, item: Any, rating: Any, prediction: Any) -> None:
+            sums.add(prediction, rating, self._user_cold[lane][self._places[lane].place(user)], self._item_cold[item])
+
+        self._predict_all(model, split, stop_fraction, seed, add)
+        total = self._world.sum(sums.values)
+        return SliceSums.from_values(total, low, high, self._dataset.manifest.rating_step)
+
+    @torch.no_grad()
+    def diagnosis(self, model: MF) -> ErrorSums:
+        """Where and how the model errs on all ranks' validation rows, its tables settled; every rank calls."""
+        sums = ErrorSums(self._dataset.manifest)
+        item_counts, user_counts = self._dataset.counts("items"), dict[int, Any]()
+
+        def add(lane: int, user: Any, item: Any, rating: Any, prediction: Any) -> None:
+            if lane not in user_counts:  # lane follows lane: the one before is done
+                user_counts.clear()
+                user_counts[lane] = self._places[lane].counts(self._dataset)
+            counts = user_counts[lane][self._places[lane].place(user)], item_counts[item]
+            sums.add(prediction, rating, user, item, counts)
+
+        self._predict_all(model, "val", 0.0, 0, add)
+        sums.add_ranks(self._world.sum)
+        return sums
+
+    def _predict_all(
+        self, model: MF, split: str, stop_fraction: float, seed: int, add: Callable[[int, Any, Any, Any, Any], None]
+    ) -> None:
+        """``add(lane, user, item, rating, prediction)`` for chunks of this rank's rows; collective."""
         chunks = scan(self._dataset, split, self._lanes, stop_fraction=stop_fraction, seed=seed, chunk_rows=CHUNK_ROWS)
         for chunk in self._in_step(iter(chunks)):
             lane, user, item, rating = chunk[:4] if chunk else (None, *_nothing(self._dataset))
             prediction = self._predict(model, user, item)
             if lane is not None:
-                user_cold = self._user_cold[lane][self._places[lane].place(user)]
-                sums.add(prediction, rating, user_cold, self._item_cold[item])
-        total = self._world.sum(sums.values)
-        return SliceSums.from_values(total, low, high, self._dataset.manifest.rating_step)
+                add(lane, user, item, rating, prediction)
 
     def _in_step(self, chunks: Iterator[Any]) -> Iterator[Any]:
         """This rank's chunks, then None until every rank is through: reading item rows is collective."""

@@ -1,0 +1,203 @@
+"""RUN/report.html: a run as a person looks at it, from report.json, validation.json and metrics.jsonl."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from mfdist.pages.charts import Event, Level, Series, bar_chart, line_chart
+from mfdist.pages.page import day, render
+
+FLOORS = {"global_mean": "mean of all ratings", "item_mean": "mean of the item", "bias": "user and item biases"}
+"""What a person reads for the floors of report.json."""
+SLICES = {"all": "all rows", "warm": "user and item seen in training", "cold_user": "user never seen in training",
+          "cold_item": "item never seen in training", "cold_both": "neither seen in training"}  # fmt: skip
+FLOOR_TONES = (("muted", "6 3"), ("f", "2 3"), ("c", "9 3 2 3"))
+JOBS = {"baseline_svd": "baseline"}
+Record = Mapping[str, Any]
+Figure = tuple[str, Markup, str]
+
+
+def run_page(report: Record, validation: Record | None = None, records: Sequence[Record] = (), run: str = "RUN") -> str:
+    """``validation``: ``ErrorSums.figures()`` of the epoch that counts; ``records``: those of metrics.jsonl."""
+    data = report["dataset"]
+    figures = [error_by_epoch(report), *time_figures(records)]
+    return render(
+        "run.html", title=f"{report['model']} on {data['name']}", report=report, data=data, final=report["final"],
+        best=report["best_on_val"], cards_=_cards(report, validation), beside=_beside(report), figures=figures,
+        slices=[(SLICES.get(name, name), s["rows"], s["rmse"], s["mae"]) for name, s in report["slices"].items()],
+        errors=error_figures(validation) if validation else [], levels=level_shares(validation),
+        ranking=(validation or {}).get("ranking"), epochs=_epochs(report, records),
+        events=_events(records), warnings=[r["text"] for r in records if r["kind"] == "warning"],
+        config=[(key.replace("_", "-"), "not set" if v is None else str(v)) for key, v in report["config"].items()],
+        command=_command(report, run), footer=f"mfdist {report['versions'].get('mfdist', '')}, {day(time.time())}",
+    )  # fmt: skip
+
+
+def error_by_epoch(report: Record) -> Figure:
+    """Training and validation RMSE of each epoch with the floors; nothing where there is no curve (Surprise's SVD)."""
+    series = [
+        Series(label, [(epoch["epoch"], epoch[key]) for epoch in report["epochs"] if epoch[key] is not None], tone)
+        for key, label, tone in (("train_rmse", "training (running)", "b"), ("val_rmse", "validation", "a"))
+    ]
+    if max(len(one.points) for one in series) < 2:
+        return "Error by epoch", Markup(""), ""
+    levels = [Level(floor["rmse"], FLOORS.get(name, name), *style)
+              for (name, floor), style in zip(report["floors"].items(), FLOOR_TONES, strict=False)
+              if floor["rmse"] is not None]  # fmt: skip
+    best = report["best_on_val"]
+    events = [Event(best["epoch"], f"epoch {best['epoch']}, lowest on validation", "d")]
+    chart = line_chart(series, "epoch", "RMSE", levels=levels, events=events, whole_x=True)
+    return "Error by epoch", chart, "Training error is the running one: each rating before its own update."
+
+
+# Over time ----------------------------------------------------------------------------------------
+
+
+def time_figures(records: Sequence[Record]) -> list[Figure]:
+    """Throughput over the time at work with checkpoints and restarts, and where the time went; [] where not known."""
+    clock = work_seconds(records)
+    speeds = [(at, record["ratings_per_second"] / 1e6) for at, record in zip(clock, records, strict=True)
+              if record["kind"] == "interval"]  # fmt: skip
+    found: list[Figure] = []
+    if len(speeds) >= 2:
+        names = {"checkpoint": ("checkpoint", "d"), "resume": ("restart", "c"), "stop": ("stopped on request", "muted")}
+        events = [Event(at, f"{names[r['kind']][0]}: step {r.get('step', 0):,}", names[r["kind"]][1])
+                  for at, r in zip(clock, records, strict=True) if r["kind"] in names]  # fmt: skip
+        chart = line_chart([Series("training speed", speeds, "a", "plain")], "seconds at work", "M ratings/s",
+                           events=events, from_zero=True)  # fmt: skip
+        found.append(("Training speed over time", chart, "Pauses between a stop and its restart are left out."))
+    spent = phase_seconds(records)
+    if sum(spent.values()) > 1:
+        bars = [(name, value) for name, value in spent.items()]
+        found.append(("Where the time went", bar_chart(bars, "", "seconds", "e"), ""))
+    return found
+
+
+def work_seconds(records: Sequence[Record]) -> list[float]:
+    """Seconds at work of each record: the time between a run's last record and its restart does not count."""
+    clock, seconds, before = [], 0.0, None
+    for record in records:
+        if before is not None and record["kind"] not in ("resume", "start"):
+            seconds += max(0.0, record["time"] - before)
+        before = record["time"]
+        clock.append(seconds)
+    return clock
+
+
+def phase_seconds(records: Sequence[Record]) -> dict[str, float]:
+    """Seconds of learning, of waiting for data and for other ranks, of validation and of checkpoints."""
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    waited = sum(record.get("wait_seconds") or 0.0 for record in records if record["kind"] == "data")
+    others = sum(record.get("ranks_wait_seconds") or 0.0 for record in records if record["kind"] == "data")
+    spent = {
+        "learning": max(0.0, sum(epoch["seconds"] for epoch in epochs) - waited - others),
+        "waiting for data": waited, "for ranks": others,
+        "validation": sum(epoch.get("validation_seconds") or 0.0 for epoch in epochs),
+    }  # fmt: skip
+    return {name: seconds for name, seconds in spent.items() if seconds or name in ("learning", "validation")}
+
+
+# The error ----------------------------------------------------------------------------------------
+
+
+def error_figures(figures: Record) -> list[Figure]:
+    """Pictures of ``ErrorSums.figures()``: by ratings of user and item, calibration, residuals."""
+    found: list[Figure] = []
+    for side, tone in (("user", "a"), ("item", "c")):
+        found += activity_figure(side, [("this model", figures[f"{side}_activity"], tone)])
+    enough = max(10, figures["slices"]["all"]["rows"] // 2000)
+    points = [(part["predicted"], part["actual"]) for part in figures["calibration"] if part["rows"] >= enough]
+    if len(points) > 1:
+        chart = line_chart([Series("mean of a bin", points, "a")], "predicted", "actual", diagonal=True)
+        error = figures["calibration_error"]
+        caption = (f"Rows with about this prediction were rated so on average (at least {enough} rows a point); mean "
+                   f"distance {error:.4f}.")  # fmt: skip
+        found.append(("Predicted against actual", chart, caption))
+    residuals = figures["residuals"]
+    if sum(residuals["rows"]):
+        width = (residuals["to"] - residuals["from"]) / len(residuals["rows"])
+        bars = [(f"{residuals['from'] + width * (k + 0.5):+.3g}", rows) for k, rows in enumerate(residuals["rows"])]
+        used = [k for k, (_, rows) in enumerate(bars) if rows]
+        chart = bar_chart(bars[max(used[0] - 1, 0) : used[-1] + 2], "prediction minus rating", "validation rows", "b")
+        found.append(("Residuals", chart, "Clipped to the scale."))
+    return found
+
+
+def activity_figure(side: str, runs: Sequence[tuple[str, Sequence[Record], str]]) -> list[Figure]:
+    """RMSE by training ratings of the user or item, a curve for each (name, parts of ``deciles``, tone)."""
+    names = [count_span(part) for part in runs[0][1]]
+    if len(names) < 2:
+        return []
+    series = [Series(name, [(k + 1, part["rmse"]) for k, part in enumerate(parts)], tone)
+              for name, parts, tone in runs]  # fmt: skip
+    chart = line_chart(series, f"training ratings of the {side}", "RMSE", names=names)
+    caption = "Each point is about a tenth of the validation rows, or more where many share a count."
+    return [(f"Error by the {side}'s training ratings", chart, caption)]
+
+
+def level_shares(figures: Record | None) -> dict[str, Any] | None:
+    """Of each rating, the shares of its rows by rounded prediction: labels and rows for the template; None of none."""
+    if not figures or not sum(map(sum, figures["levels"]["rows"])):
+        return None
+    labels = [f"{rating:g}" for rating in figures["levels"]["ratings"]]
+    rows = [(label, [count / max(sum(counts), 1) for count in counts])
+            for label, counts in zip(labels, figures["levels"]["rows"], strict=True)]  # fmt: skip
+    return {"labels": labels, "rows": rows}
+
+
+def count_span(part: Record) -> str:
+    """The counts of a part of ``deciles`` as text."""
+    first, last = part["ratings_from"], part["ratings_to"]
+    return str(first) if first == last else f"{first}-{last}"
+
+
+# Words --------------------------------------------------------------------------------------------
+
+
+def _cards(report: Record, validation: Record | None) -> list[tuple[Any, str]]:
+    final, floors = report["final"], report["floors"]
+    interval = (validation or {}).get("rmse_interval")
+    within = f", 95% interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
+    cards = [(final["val_rmse_clipped"], f"validation RMSE, clipped to the scale{within}"),
+             (final.get("val_mae_clipped"), "validation MAE, clipped to the scale"),
+             (final["val_rmse_rounded"], "RMSE, rounded to the scale"),
+             (final["val_rmse"], "RMSE as predicted")]  # fmt: skip
+    floor = floors.get("bias", {}).get("rmse")
+    if floor and final["val_rmse_clipped"] is not None:
+        change = final["val_rmse_clipped"] / floor - 1
+        cards.insert(1, (f"{change:+.1%}", "beside user and item biases alone"))
+    return cards
+
+
+def _beside(report: Record) -> list[tuple[Any, ...]]:
+    final = report["final"]
+    rows = [("this model", final["val_rmse_clipped"], final.get("val_mae_clipped"))]
+    return rows + [(FLOORS.get(name, name), f["rmse"], f["mae"]) for name, f in report["floors"].items()]
+
+
+def _epochs(report: Record, records: Sequence[Record]) -> list[tuple[Any, ...]]:
+    validated = {r["epoch"]: r.get("validation_seconds") for r in records if r["kind"] == "epoch"}
+    return [(e["epoch"], e["train_rmse"], e["val_rmse"], e["val_mae"], e["seconds"], validated.get(e["epoch"]),
+             e["ratings_per_second"] / 1e6) for e in report["epochs"]]  # fmt: skip
+
+
+def _events(records: Sequence[Record]) -> list[tuple[str, str]]:
+    words = {"start": "begun", "resume": "restarted", "checkpoint": "checkpoint", "stop": "stopped on request",
+             "finish": "finished"}  # fmt: skip
+    shown = [r for r in records if r["kind"] in words]
+    if len(shown) > 60:
+        shown = [r for r in shown if r["kind"] != "checkpoint"][-60:]
+    return [(day(r["time"]), f"{words[r['kind']]}, step {r.get('step', 0):,}"
+             + (f", {r['world_size']} ranks" if r.get("world_size", 1) > 1 else "")) for r in shown]  # fmt: skip
+
+
+def _command(report: Record, run: str) -> str:
+    job = JOBS.get(report["job"], report["job"])
+    launch = f"mfdist launch --nproc-per-node={report['world_size']} {job}" if report["world_size"] > 1 else (
+        f"mfdist {job}")  # fmt: skip
+    return f"{launch} --config {shlex.quote(run.rstrip('/') + '/config.toml')} --run-dir runs/again"
