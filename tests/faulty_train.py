@@ -11,13 +11,14 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from jobs import train as job
 from mfdist.cluster import connecting, shared_memory, transport
-from mfdist.kernels import messages, sockets
+from mfdist.kernels import sockets, wire
 from mfdist.model import exchange, host_exchange, optimizers
 from mfdist.run import background_save, checkpoint, tensor_files
 from mfdist.training import train, validation
@@ -45,6 +46,8 @@ POINTS = {
 
 def plant(text: str) -> None:
     *point, rank, count, folder = text.split()
+    if point in (["in", "rows"], ["in", "gradients"]) and os.environ.get("RANK", "0") != rank:
+        falter(f"{folder}/fault")
     if os.environ.get("RANK", "0") != rank or os.path.exists(f"{folder}/fault"):
         return
     owner, name = POINTS[" ".join(point)]
@@ -61,13 +64,25 @@ def plant(text: str) -> None:
     setattr(owner, name, replaced)
 
 
+def falter(until):
+    """Be stopped again and again until there is a fault, so that others wait in the middle of messages."""
+    this = os.getpid()
+    if not os.fork():
+        while not os.path.exists(until) and os.getppid() == this:
+            os.kill(this, signal.SIGSTOP)
+            time.sleep(0.01)
+            os.kill(this, signal.SIGCONT)
+            time.sleep(0.002)
+        os._exit(0)
+
+
 def is_in(what, found):
     """Whether a message of this kind has come, or gone, in part."""
     stage = {"rows": host_exchange.hosts.WAIT_FOR_ROWS, "gradients": host_exchange.hosts.WAIT_FOR_GRADIENTS}[what]
-    wire = found._wire
-    parts = [state[(state[:, sockets.AT] < state[:, sockets.COUNT])] for state in (wire.sent_state, wire.coming_state)]
+    states = found._wire.sent_state, found._wire.coming_state
+    parts = [state[state[:, sockets.AT] < state[:, sockets.COUNT]] for state in states]
     begun = any(part[:, [sockets.AT, sockets.DONE]].any() for part in parts)
-    return found.control[messages.STAGE] == stage and bool(begun)
+    return found.control[wire.STAGE] == stage and bool(begun)
 
 
 def fail(how, args):
@@ -87,8 +102,7 @@ def behave_as_hosts():
     def narrow(self, *args):
         original(self, *args)
         for link in self._data.values():
-            for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                link.setsockopt(socket.SOL_SOCKET, buffer, 2304)
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
 
     transport.Transport.__init__ = narrow
 

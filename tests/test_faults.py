@@ -119,7 +119,7 @@ BETWEEN_HOSTS = [
     ("in gradients", 1, 11), ("check", 0, 5), ("flush", 0, 2), ("before COMMIT", 0, 3), ("evaluation", 1, 2),
     ("cut", 0, 12), ("cut", 1, 37), ("hang", 1, 20),
 ]  # fmt: skip
-WIDE = ["--emb-dim=64"]  # so that messages do not fit into what a connection holds
+WIDE = ["--emb-dim=4096"]  # so that messages do not fit into what a connection holds
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +138,15 @@ def test_a_fault_between_hosts_names_the_rank_and_the_job_resumes(data, expected
     assert (tmp_path / "fault").exists(), f"{point} was never reached"
     assert time.time() - max(began, (tmp_path / "fault").stat().st_mtime) < (60 if point == "hang" else 30)
     log = log_of(run)
-    assert "sockets between the ranks of 2 hosts" in log and log.count("Traceback") == 0, log
+    assert "sockets between the ranks of 2 hosts" in log, log
     named = f"the contact to rank {rank} of this job"
     if point == "hang":
         assert named in log and "it has not answered for 10 seconds" in log, log
     elif point == "cut":  # each sees the other one vanish
         assert "the contact to rank " in log and "was lost: it" in log, log
     else:
-        assert f"the contact to rank {1 - rank} of this job" not in log, log
-        assert named in log or "Signal 9" in log, log
+        assert log.count("Root Cause") == 1 and "Signal 9 (SIGKILL)" in log, log
+        assert f"the contact to rank {1 - rank} of this job" not in log and log.count(f"error: {named}") <= 1, log
     assert complete(data, run, flags=WIDE, way="sockets") == expected_wide
 
 
