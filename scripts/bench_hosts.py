@@ -242,7 +242,7 @@ def work(task: dict[str, Any]) -> None:
     from mfdist.log import Console
     from mfdist.training.config import TrainConfig
     from mfdist.training.session import build, restore_or_initialise
-    from mfdist.training.train import batches_of, train_step
+    from mfdist.training.train import batches_of, collector_at_ease, train_step
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with World.open("cpu") as world:
@@ -259,17 +259,17 @@ def work(task: dict[str, Any]) -> None:
             try:
                 restore_or_initialise(session)
                 rates, steps, began, before = [], 0, 0.0, {}
-                for epoch in range(epochs):
-                    world.barrier()
-                    if epoch == 1:
-                        before = session.fused.traffic  # type: ignore[union-attr]
-                    began = time.perf_counter()
-                    for batch in batches_of(session, epoch):
-                        train_step(session, batch)
-                        steps += epoch > 0
-                    world.barrier()
-                    rates.append(loader.num_rows / (time.perf_counter() - began))
-                    session.progress.step_in_epoch = 0
+                with collector_at_ease():
+                    for epoch in range(epochs):
+                        world.barrier()
+                        if epoch == 1:
+                            before = session.fused.traffic  # type: ignore[union-attr]
+                        began = time.perf_counter()
+                        for batch in batches_of(session, epoch):
+                            train_step(session, batch)
+                            steps += epoch > 0
+                        world.barrier()
+                        rates.append(loader.num_rows / (time.perf_counter() - began))
                 after = session.fused.traffic  # type: ignore[union-attr]
                 spent = world.sum([(after[key] - before[key]) / steps for key in sorted(after)]) / world.size
                 transport = session.fused.transport  # type: ignore[union-attr]

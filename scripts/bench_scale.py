@@ -17,8 +17,9 @@ bytes each, where they fit into a quarter of what is free). ``bound`` is the pea
 1 GiB and 8 bytes an item for synthesize, --memory for prepare, and for the others tables, loader and batch as
 jobs/plan.py counts them and 1 GiB.
 
-``wire``: a few steps on 2, 4 and 8 gloo ranks, and every byte that leaves a rank for another one: ids, rows and
-gradients, counted where they are sent. What is found is kept in --folder as it comes: an interrupted run goes on there.
+``wire``: a few steps on 2, 4 and 8 ranks as if each had a host of its own, and every byte that leaves a rank for
+another one: headers, requests, rows and gradients, counted where they are sent. What is found is kept in --folder as it
+comes: an interrupted run goes on there.
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ from mfdist.cluster.world import World
 from mfdist.data.dataset import Dataset
 from mfdist.data.loader import Loader
 from mfdist.log import Console
+from mfdist.model.cpu_step import FusedStep
 from mfdist.planning.plan import PlanConfig, plan_for
 from mfdist.training.config import TrainConfig
 from mfdist.training.finish import export_model
 from mfdist.training.session import Session, build, restore_or_initialise, save, wait_for_save
-from mfdist.training.train import train_step
+from mfdist.training.train import batches_of, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = "1e6,8e6,50e6,200e6,50e6:20e6:2e6,100e6:20e6:2e6"
@@ -278,38 +280,22 @@ def count_wire(flags: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     with World.open("cpu") as world:
         world.may_share = False  # as if each rank had a host of its own
-        sent = count_all_to_all(world)
         with open_session(flags, world) as session:
-            sent[0], rows = 0, 0
-            began = time.perf_counter()
-            for batch in session.loader.epoch(0):
+            assert isinstance(session.fused, FusedStep)
+            rows, began = 0, time.perf_counter()
+            for batch in batches_of(session, 0):
                 train_step(session, batch)
                 rows += batch.global_rows
                 if batch.step + 1 == WIRE_STEPS:
                     break
             seconds = time.perf_counter() - began
-            item = session.model.item
-            total, of_rows = world.sum([float(sent[0]), float(item.wire_bytes)])  # type: ignore[arg-type]
+            sent = [session.fused.traffic["bytes"], float(session.model.item.wire_bytes)]  # type: ignore[arg-type]
+            total, of_rows = world.sum(sent)
             if world.is_main:
                 print(json.dumps({
                     "ranks": world.size, "batch_size": flags.batch_size, "steps": batch.step + 1, "seconds": seconds,
                     "bytes_per_rating": total / rows, "row_bytes_per_rating": of_rows / rows,
                 }))  # fmt: skip
-
-
-def count_all_to_all(world: World) -> list[int]:
-    """From now on the only element grows by the bytes that this rank sends to others in ``world.all_to_all``."""
-    sent, original = [0], world.all_to_all
-
-    def all_to_all(
-        received: torch.Tensor, outgoing: torch.Tensor, received_rows: list[int], sent_rows: list[int]
-    ) -> None:
-        away = sum(rows for rank, rows in enumerate(sent_rows) if rank != world.rank)
-        sent[0] += away * outgoing[0:1].numel() * outgoing.element_size()
-        original(received, outgoing, received_rows, sent_rows)
-
-    world.all_to_all = all_to_all  # type: ignore[method-assign]
-    return sent
 
 
 # Figures ------------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@
     python scripts/bench_sharding.py --data data/ml-1m --data data/ml-100k     # without --data: the built-in dataset
     python scripts/bench_sharding.py --data data/ml-1m --ranks 4 --batch 8192
 
-``row``: tables cut by rows, item rows through memory that the ranks share; ``row, group``: the same through the process
-group, as between hosts (here over loopback: no wire is slower to answer, but all are narrower); ``replicated``: whole
-tables that DistributedDataParallel reduces. Each trains in turn, and the best epoch after the first one counts.
-``--sharding auto`` is what this found: ``row`` at every size on CPUs.
+``row``: tables cut by rows, item rows through memory that the ranks share; ``row, hosts``: the same by sockets, as
+between hosts (here over loopback: no wire is slower to answer, but all are narrower); ``row, group``: by the process
+group, where there can be no connections; ``replicated``: whole tables that DistributedDataParallel reduces. Each trains
+in turn, and the best epoch after the first one counts. ``--sharding auto`` is what this found: ``row`` at every size on
+CPUs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from mfdist.training.config import TrainConfig
 from mfdist.training.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
-WAYS = {"row": ("row", True), "row, group": ("row", False), "replicated": ("replicated", True)}
+WAYS = {
+    "row": ("row", True, True), "row, hosts": ("row", False, True), "row, group": ("row", False, False),
+    "replicated": ("replicated", True, True),
+}  # fmt: skip
 EPOCHS = 4
 
 
@@ -82,7 +86,7 @@ def measure(paths: Sequence[str], sizes: Sequence[int]) -> None:
 
 def rate(world: World, path: str, size: int, way: str, run: str) -> float:
     """Ratings/s of the best epoch but the first; collective."""
-    sharding, world.may_share = WAYS[way]
+    sharding, world.may_share, world.may_connect = WAYS[way]
     run = world.broadcast(run)
     config = TrainConfig(data=path, run_dir=run, batch_size=size, epochs=EPOCHS, device="cpu", sharding=sharding,
                          checkpoint_every="60m", overwrite=True)  # fmt: skip

@@ -6,9 +6,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +26,6 @@ from mfdist.model.models import ITEM_TABLE
 from mfdist.training.session import build
 from mfdist.training.train import _open_loader, batches_of, train_step
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 CASES = {
     "adamw": {"optimizer": "adamw", "l2": (0.1, 0.05), "lr": 0.01},
     "mf": {"model": "mf", "optimizer": "rowwise_adagrad"},
@@ -105,7 +102,7 @@ def an_epoch(world, c, left_after=None, on_each=lambda session, batch: None):
             table.initialise(lambda first, end, n=number: session.model.form.initial(1, n, first, end))
         losses = []
         for turn in range(1 if left_after is None else 2):
-            for batch in batches_of(session, 0):
+            for batch in batches_of(session, 0, turn * (left_after or 0)):
                 on_each(session, batch)
                 losses.append(float(train_step(session, batch)))
                 if not turn and len(losses) == left_after:
@@ -115,11 +112,38 @@ def an_epoch(world, c, left_after=None, on_each=lambda session, batch: None):
         return losses, session
 
 
+def count_all_to_all(world: World) -> list[int]:
+    """From now on the only element grows by the bytes that this rank sends to others in ``world.all_to_all``."""
+    sent, original = [0], world.all_to_all
+
+    def all_to_all(
+        received: torch.Tensor, outgoing: torch.Tensor, received_rows: list[int], sent_rows: list[int]
+    ) -> None:
+        away = sum(rows for rank, rows in enumerate(sent_rows) if rank != world.rank)
+        sent[0] += away * outgoing[0:1].numel() * outgoing.element_size()
+        original(received, outgoing, received_rows, sent_rows)
+
+    world.all_to_all = all_to_all  # type: ignore[method-assign]
+    return sent
+
+
+def counted_bytes(world):
+    """Rank r sends r + 1 rows of three floats to every rank: bytes counted, and bytes that left this rank."""
+    sent = count_all_to_all(world)
+    mine = torch.zeros(world.size * (world.rank + 1), 3)
+    rows = [rank + 1 for rank in range(world.size)]
+    world.all_to_all(torch.empty(sum(rows), 3), mine, rows, [world.rank + 1] * world.size)
+    return sent[0], (world.size - 1) * (world.rank + 1) * 12
+
+
+def test_bytes_between_ranks_are_counted_and_those_to_oneself_are_not():
+    for counted, expected in run_ranks(3, counted_bytes):
+        assert counted == expected > 0
+
+
 def count_steps(world, c):
     """What this rank's item table counts as sent, the bytes of a group's calls, the rows asked of others, and what
     the step counts, each way."""
-    from bench_scale import count_all_to_all
-
     found = []
     for way in ("memory", "sockets", "group"):
         go_by(world, way)

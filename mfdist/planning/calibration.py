@@ -44,7 +44,7 @@ from mfdist.run.background_save import Saver
 from mfdist.run.checkpoint import Retention
 from mfdist.training.config import TrainConfig
 from mfdist.training.session import Session, build, checkpoint_tensors, restore_or_initialise
-from mfdist.training.train import CHECK_SECONDS, train_step
+from mfdist.training.train import CHECK_SECONDS, batches_of, train_step
 from mfdist.training.validation import Validation
 
 WARM_UP_STEPS = 10
@@ -281,7 +281,7 @@ def _steps(session: Session, seconds: float) -> tuple[int, float]:
     pending: list[torch.Tensor] = []
     began, spent = time.monotonic(), 0.0
     while True:
-        for batch in session.loader.epoch(0):
+        for batch in batches_of(session, 0):
             pending.append(train_step(session, batch))
             steps += 1
             if steps < next_check and steps < left:

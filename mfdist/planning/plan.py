@@ -35,9 +35,13 @@ from mfdist.planning.calibration import Measured, Trial
 from mfdist.prepare.lanes import row_group_rows
 from mfdist.training.config import TrainConfig
 
-ID_BYTES = 4  # of a row number on the wire
-COLLECTIVES = 5
-"""Calls that a step of several ranks waits for: how many ids go where, the ids, their rows, gradients, the offset's."""
+BIT_BYTES = 1 / 8  # of a request: whether its row comes early
+MESSAGES = 2
+"""Messages that a step waits for from each rank of another host, one after the other: late rows, and gradients."""
+MESSAGE_SECONDS, HEADER_BYTES = 10e-6, 64
+"""What a message takes of a processor's time, sending and taking it, beside its bytes."""
+COPY_BYTES_PER_SECOND = 5e9
+"""Bytes sent or taken per second of a processor's time: 190 microseconds in a step of 476 kB each way."""
 PROCESS_BYTES = 400 << 20
 """What a process takes beside its modules where it is not measured: compiled kernels, buffers, vocabulary, figures."""
 FLOOR_BYTES = 1 << 30
@@ -61,7 +65,7 @@ class PlanConfig(TrainConfig):
     ranks_per_host: int = flag(0, "ranks that share a host; 0: all of them, up to this machine's cores", at_least=0)
     threads: int = flag(0, "threads of a rank; 0: this machine's cores divided by the ranks of a host", at_least=0)
     network_gbps: float = flag(10.0, "network of a host, gigabits per second", above=0)
-    network_latency: float = flag(200.0, "what a collective call to other hosts waits for, microseconds", at_least=0)
+    network_latency: float = flag(50.0, "time of a message from host to host, microseconds", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +137,8 @@ def plan_for(config: PlanConfig, dataset: Dataset, ranks: int, base_bytes: int =
     if ranks > 1 and config.sharding != "replicated":
         unique = expected_unique(dataset.counts("items"), batch)
         wide = 2 if config.wire_dtype == "bf16" else 4
-        wire = unique * (ranks - 1) / ranks * (ID_BYTES + 2 * form.width * wide)
+        request = request_bytes(manifest.num_items / max(unique, 1))
+        wire = unique * (ranks - 1) / ranks * (request + 2 * form.width * wide)
     elif ranks > 1:
         # a ring all-reduce sends every gradient twice, but for a rank's own piece
         wire = (manifest.num_users + manifest.num_items) * form.width * 4 * 2 * (ranks - 1) / ranks
@@ -194,6 +199,11 @@ def expected_unique(counts: np.ndarray[tuple[int], np.dtype[np.int64]], rows: fl
     """Distinct items among ``rows`` ratings drawn in proportion to ``counts``."""
     total = counts.sum()
     return float(-np.expm1(rows * np.log1p(-np.minimum(counts / total, 1 - 1e-12))).sum()) if total else 0.0
+
+
+def request_bytes(gap: float) -> float:
+    """Of a request on the wire, where the items asked for are ``gap`` apart: seven bits a byte, and its bit."""
+    return 1 + math.exp(-128 / gap) + math.exp(-16384 / gap) + BIT_BYTES
 
 
 def loader_bytes(manifest: Manifest, rows: int, lanes: int, ranks: int) -> int:
@@ -274,12 +284,19 @@ def with_times(one: Plan, config: PlanConfig, manifest: Manifest, found: Measure
 
 
 def seconds_between_hosts(one: Plan, config: PlanConfig) -> float:
-    """What a step waits for the network, beside what was measured between processes of one host."""
+    """What a step takes for the network, beside what was measured between processes of one host; nothing of it is
+    taken to be hidden behind arithmetic.
+
+    The host's line has to carry what its ranks send; each rank copies its own bytes out and others' in, and waits for
+    each kind of message as long as one travels."""
     if one.hosts == 1:
         return 0.0
     here = ranks_per_host(config, one.ranks)
-    leaving = one.wire_bytes * here * (one.ranks - here) / (one.ranks - 1)
-    return leaving * 8 / (config.network_gbps * 1e9) + COLLECTIVES * config.network_latency * 1e-6
+    peers = one.ranks - here
+    leaving = one.wire_bytes * peers / (one.ranks - 1) + MESSAGES * HEADER_BYTES * peers
+    line = here * leaving * 8 / (config.network_gbps * 1e9)
+    copies = 2 * leaving / COPY_BYTES_PER_SECOND + MESSAGES * peers * MESSAGE_SECONDS
+    return line + copies + MESSAGES * config.network_latency * 1e-6
 
 
 def checkpoints(config: PlanConfig, steps: int, seconds: float) -> int:
