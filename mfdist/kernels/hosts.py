@@ -31,7 +31,11 @@ import numpy as np
 from mfdist.kernels.cpu import sums
 from mfdist.kernels.grouping import group
 from mfdist.kernels.machine import kernel, meet, numbers_of
-from mfdist.kernels.messages import (
+from mfdist.kernels.messages import expect, post_gradients, post_rows, take
+from mfdist.kernels.narrowing import narrow_lines, widen_lines
+from mfdist.kernels.ranks import gather_for_ranks, learn, update_from_ranks
+from mfdist.kernels.requests import find_lines, read_requests, write_requests
+from mfdist.kernels.wire import (
     AFTER,
     ASKED,
     BACK,
@@ -58,20 +62,11 @@ from mfdist.kernels.messages import (
     STARTS,
     TO,
     USERS,
-    expect,
-    find_lines,
     gradients_from_others,
     lines_for_others,
     own_gradients,
     own_lines,
-    post_gradients,
-    post_rows,
-    read_requests,
-    take,
-    write_requests,
 )  # fmt: skip
-from mfdist.kernels.narrowing import narrow_lines, widen_lines
-from mfdist.kernels.ranks import gather_for_ranks, learn, update_from_ranks
 
 BEGIN, WAIT_FOR_ROWS, WAIT_FOR_GRADIENTS, DONE = range(4)
 """Stages of a step; it returns to its caller where it has waited for a millisecond."""

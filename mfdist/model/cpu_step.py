@@ -192,7 +192,7 @@ class FusedStep(nn.Module):
             else:
                 self._step_with_others(ratings, now, alone)
         for table in self._pair:
-            table.step = now + 1
+            vars(table)["step"] = now + 1  # a module's own assignment takes 8 microseconds
         squares, slopes = cpu.sums(self._errors[:ratings], self._slopes[: ratings * self._shape[4]])
         self._squared_error[0] = torch.tensor(squares, dtype=torch.float64)
         if isinstance(self._exchange, HostExchange):

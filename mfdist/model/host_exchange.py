@@ -21,7 +21,7 @@ import torch
 from mfdist.cluster.shared_memory import SharedMemory
 from mfdist.cluster.transport import Transport
 from mfdist.data.loader import Batch
-from mfdist.kernels import hosts, messages, sockets
+from mfdist.kernels import hosts, messages, sockets, wire
 from mfdist.model.tables import ShardedTable
 
 AHEAD = 2
@@ -44,7 +44,7 @@ class HostExchange:
         self._rows_are_coming = False
         self._memory: SharedMemory | None = None
         self.control: npt.NDArray[np.int64] = np.zeros(16, np.int64)
-        self.control[messages.RANK], self.control[messages.LOST] = self._world.rank, -1
+        self.control[wire.RANK], self.control[wire.LOST] = self._world.rank, -1
         self._room, self._sizes = 0, np.zeros(ranks, np.int64)
         self.arrays: tuple[Any, ...] = ()
 
@@ -83,31 +83,27 @@ class HostExchange:
         self._loaded.popleft()
         self._next += 1
 
-    def ratings(self) -> int:
-        """The most ratings that this rank has in a batch at hand."""
-        return int(self._ring.counts[:, messages.RATINGS].max())
-
     def run(self, step: int, call: Callable[[int, int], None]) -> None:
         """Take ``step`` by ``call(stage, step)``, which is ``kernels.hosts.step_of_hosts``, and wait between calls."""
         stage, began, control = hosts.BEGIN, time.monotonic(), self.control
-        sent = int(control[messages.SENT_LINES])
+        sent = int(control[wire.SENT_LINES])
         while True:
             call(stage, step)
-            stage = int(control[messages.STAGE])
-            if control[messages.LOST] >= 0:
+            stage = int(control[wire.STAGE])
+            if control[wire.LOST] >= 0:
                 self._lose()
             if stage == hosts.DONE:
                 break
             self._wait(began)
-        self._rows_are_coming = bool(control[messages.NEXT])
+        self._rows_are_coming = bool(control[wire.NEXT])
         wide = self._table.wire_dtype.itemsize
-        self._table.wire_bytes += (int(control[messages.SENT_LINES]) - sent) * self._table.width * wide
+        self._table.wire_bytes += (int(control[wire.SENT_LINES]) - sent) * self._table.width * wide
 
     @property
     def traffic(self) -> dict[str, float]:
         """So far: ``bytes`` that have left this rank, and ``wait_seconds`` for others' messages."""
-        waited = float(self.control[messages.WAITED]) * 1e-9 + self._slept
-        return {"bytes": float(self.control[messages.SENT_BYTES]), "wait_seconds": waited}
+        waited = float(self.control[wire.WAITED]) * 1e-9 + self._slept
+        return {"bytes": float(self.control[wire.SENT_BYTES]), "wait_seconds": waited}
 
     def close(self) -> None:
         """Close the connections."""
@@ -119,14 +115,14 @@ class HostExchange:
         """Put the batch of ``step`` into the ring, where there is one, and say which of the next ones there are."""
         first = step - 2  # the step that is taken now, or 0 where that is of the opening: ahead[0]
         index = min(first, 0) + 2
-        self.control[messages.NEXT] = first > OPENING and len(ahead) > index - 1
-        self.control[messages.AFTER] = len(ahead) > index
+        self.control[wire.NEXT] = first > OPENING and len(ahead) > index - 1
+        self.control[wire.AFTER] = len(ahead) > index
         if len(ahead) <= index:
             return
-        batch, place, ring = ahead[index], step % messages.RING, self._ring
+        batch, place, ring = ahead[index], step % wire.RING, self._ring
         ratings = len(batch.rating)
         ring.counts[place] = 0
-        ring.counts[place, messages.RATINGS] = ratings
+        ring.counts[place, wire.RATINGS] = ratings
         ring.user[place, :ratings] = self._users.local_int32(batch.user.numpy())
         ring.item[place, :ratings] = batch.item.numpy()
         ring.rating[place, :ratings] = batch.rating.numpy()
@@ -136,8 +132,8 @@ class HostExchange:
         """Begin a pipeline, of batches of ``room`` ratings over all ranks at most."""
         if self._rows_are_coming:  # of a step that was announced and will not be taken
             began = time.monotonic()
-            while not messages.take(messages.ROWS, self._next, *self.arrays):
-                if self.control[messages.LOST] >= 0:
+            while not messages.take(wire.ROWS, self._next, *self.arrays):
+                if self.control[wire.LOST] >= 0:
                     self._lose()
                 self._wait(began)
             self._rows_are_coming = False
@@ -147,16 +143,15 @@ class HostExchange:
             self._make_room(room)
 
     def _wait(self, began: float) -> None:
-        wire, rank = self._wire, self._world.rank
-        reading = [r for r in np.flatnonzero(wire.phase != messages.TAKEN).tolist() if r != rank]
-        state = wire.sent_state
+        reading = np.flatnonzero(self._wire.phase != wire.TAKEN).tolist()
+        state = self._wire.sent_state
         writing = np.flatnonzero(state[:, sockets.AT] < state[:, sockets.COUNT]).tolist()
         now = time.monotonic()
         self._transport.wait(reading, writing, began, self._world.timeout_seconds)
         self._slept += time.monotonic() - now
 
     def _lose(self) -> NoReturn:
-        peer, code = int(self.control[messages.LOST]), int(self.control[messages.CODE])
+        peer, code = int(self.control[wire.LOST]), int(self.control[wire.CODE])
         self._transport.lose(peer, why_lost(code))
 
     def _make_room(self, room: int) -> None:
@@ -166,7 +161,7 @@ class HostExchange:
         segment = np.full(ranks, -1, np.int64)
         segment[segments] = np.arange(len(segments))
         narrow = self._table.wire_dtype == torch.bfloat16
-        self._room = self.control[messages.ROOM] = room
+        self._room = self.control[wire.ROOM] = room
 
         def ints(*shape: int) -> npt.NDArray[np.int64]:
             return np.zeros(shape, np.int64)
@@ -177,17 +172,17 @@ class HostExchange:
         def bytes_(*shape: int) -> npt.NDArray[np.uint8]:
             return np.empty(shape, np.uint8)
 
-        few = messages.RING
-        self._ring = messages.Ring(
+        few = wire.RING
+        self._ring = wire.Ring(
             user=small(few, room), item=small(few, room), rating=np.empty((few, room), np.float32),
             by_user=small(few, 4, room + 2), by_item=small(few, 4, room + 2), by_owner=small(few, 11, room + 2),
             line=small(few, room), counts=ints(few, 6), bounds=ints(few, 4, ranks + 1), pairs=ints(2, room + 1),
         )  # fmt: skip
         lines = [2 * room, room, room, room] if narrow else [0] * 4
-        self._wire = messages.Wire(
+        self._wire = wire.Wire(
             connections=self._transport.connections, segment=segment, ends=self._table.ends.numpy().astype(np.int32),
             sent=ints(ranks, sockets.MOST, 2), coming=ints(ranks, sockets.MOST, 2), sent_state=ints(ranks, 3),
-            coming_state=ints(ranks, 3), phase=ints(ranks) + messages.TAKEN, heads_out=np.zeros((ranks, 8)),
+            coming_state=ints(ranks, 3), phase=ints(ranks) + wire.TAKEN, heads_out=np.zeros((ranks, 8)),
             heads_in=np.zeros((ranks, 8)), ids_out=bytes_(5 * room), id_bounds=ints(ranks + 1),
             ids_in=bytes_(ranks, 5 * room), bits_out=bytes_(ranks, room // 8 + 1), bits_in=bytes_(ranks, room // 8 + 1),
             slopes=np.zeros(ranks + 1, np.float32),
@@ -217,6 +212,6 @@ def why_lost(code: int) -> str:
     """What a negative code of ``kernels.sockets`` or ``messages`` means."""
     if code == sockets.CLOSED:
         return "it closed its connection"
-    if code == messages.OUT_OF_STEP:
+    if code == wire.OUT_OF_STEP:
         return "it sent another message than the one that was due"
     return f"its connection failed ({os.strerror(-code)})"

@@ -14,8 +14,9 @@ from torch import nn
 
 from mfdist.kernels import BIAS_COLUMN
 from mfdist.metrics import round_to_scale
+from mfdist.model.initial_weights import initial_rows
 from mfdist.model.objective import ITEM, USER
-from mfdist.model.tables import Table, initial_rows
+from mfdist.model.tables import Table
 
 __all__ = ["MF", "Form", "MFAdvanced", "Scored", "round_to_scale", "sigmoid_range"]
 
