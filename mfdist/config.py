@@ -34,6 +34,16 @@ C = TypeVar("C")
 _READY = importlib.resources.files("mfdist") / "configs"
 
 
+@dataclasses.dataclass(frozen=True)
+class Follows:
+    """The default of a flag that follows from others, settled in ``__post_init__``; ``text`` is what --help says."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def flag(
     default: Any,
     help: str,
@@ -103,6 +113,11 @@ def read_toml(cls: type[Any], path: str) -> dict[str, Any]:
             raise UsageError(f"{path}: unknown key '{key}'.{_nearest(key, [_flag_name(n)[2:] for n in fields])}")
         values[name] = _convert(fields[name], value, f"{path}: {key}", cls)
     return values
+
+
+def read_ready(name: str) -> dict[str, Any]:
+    """The values of a ready configuration as TOML gives them, by field name."""
+    return {key.replace("-", "_"): value for key, value in tomllib.loads(_text_of(name)).items()}
 
 
 def ready() -> list[str]:
@@ -179,6 +194,7 @@ def _build_parser(cls: type[Any], description: str, prog: str | None) -> argpars
     parser.add_argument("--config", metavar="FILE.toml|NAME", default=argparse.SUPPRESS,
                         help="a TOML file that sets any of these flags, or a ready one by its name (for training: "
                         f"{', '.join(ready())}); the command line wins")  # fmt: skip
+    hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         meta = field.metadata
         if meta["positional"]:
@@ -186,7 +202,7 @@ def _build_parser(cls: type[Any], description: str, prog: str | None) -> argpars
                                 metavar=field.name.rstrip("s").upper(), default=argparse.SUPPRESS)  # fmt: skip
             continue
         name, text = _flag_name(field.name), f"{meta['help']} (default: {shown(field.default)})".replace("%", "%%")
-        if isinstance(field.default, bool):
+        if _plain_type(hints[field.name]) is bool:
             parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
         else:
             metavar = "|".join(meta["choices"]) or field.name.upper().split("_")[-1]

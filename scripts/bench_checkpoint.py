@@ -79,7 +79,8 @@ def launcher(ranks: int) -> list[str]:
 
 def train_and_stop(flags: argparse.Namespace, ranks: int, run: Path) -> tuple[list[dict[str, Any]], float]:
     """The records of the checkpoints beside a training, and the seconds from SIGTERM until it has ended."""
-    command = [*launcher(ranks), "jobs/train.py", "--data", flags.data, "--run-dir", str(run), "--epochs", "1000",
+    command = [*launcher(ranks), "jobs/train.py", "--config", "vignette_mf_advanced",
+               "--data", flags.data, "--run-dir", str(run), "--epochs", "1000",
                "--keep", "1", "--batch-size", str(flags.batch_size),
                "--checkpoint-every", str(flags.every)]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -118,7 +119,9 @@ def stand_still(flags: argparse.Namespace) -> int:
     from mfdist.training.config import TrainConfig
     from mfdist.training.session import build, restore_or_initialise, save, wait_for_save
 
-    config = TrainConfig(data=flags.data, run_dir=flags.folder, batch_size=flags.batch_size, keep=1, device="cpu")
+    config = TrainConfig.ready(
+        "vignette_mf_advanced", data=flags.data, run_dir=flags.folder, batch_size=flags.batch_size, keep=1, device="cpu"
+    )
     dataset = Dataset.open(flags.data)
     with World.open("cpu") as world, Loader(
         dataset, batch_size=config.batch_size, seed=config.seed, rank=world.rank, world_size=world.size

@@ -248,8 +248,13 @@ def work(task: dict[str, Any]) -> None:
     with World.open("cpu") as world:
         world.may_share, world.may_connect = False, task["way"] == "sockets"
         epochs = 1 + task["epochs"]
-        config = TrainConfig(
-            data=task["data"], run_dir=task["run"], batch_size=task["batch"], epochs=epochs, wire_dtype=task["wire"]
+        config = TrainConfig.ready(
+            "vignette_mf_advanced",
+            data=task["data"],
+            run_dir=task["run"],
+            batch_size=task["batch"],
+            epochs=epochs,
+            wire_dtype=task["wire"],
         )
         Path(task["run"]).mkdir(parents=True, exist_ok=True)
         dataset = Dataset.open(task["data"])

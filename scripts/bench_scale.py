@@ -55,6 +55,7 @@ from mfdist.training.train import batches_of, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = "1e6,8e6,50e6,200e6,50e6:20e6:2e6,100e6:20e6:2e6"
+CONFIG = "vignette_mf_advanced"
 IN_PROCESS = ("train", "settle", "evaluate", "checkpoint", "export")
 PREPARE_MEMORY = 4 << 30
 SYNTHESIZE_MEMORY = 1 << 30  # beside 8 bytes an item
@@ -211,7 +212,9 @@ def _run(command: list[str]) -> tuple[Used, str]:
 @contextmanager
 def open_session(flags: argparse.Namespace, world: World) -> Iterator[Session]:
     """A fresh run of one epoch of mf_advanced, initialised."""
-    config = TrainConfig(data=flags.data, run_dir=flags.run_dir, batch_size=flags.batch_size, epochs=1, keep=1)
+    config = TrainConfig.ready(
+        "vignette_mf_advanced", data=flags.data, run_dir=flags.run_dir, batch_size=flags.batch_size, epochs=1, keep=1
+    )
     Path(flags.run_dir).mkdir(parents=True, exist_ok=True)
     dataset = Dataset.open(flags.data)
     with Loader(dataset, batch_size=config.batch_size, seed=config.seed, rank=world.rank, world_size=world.size,
@@ -231,8 +234,11 @@ def measure_in_process(flags: argparse.Namespace) -> None:
     found: dict[str, Row] = {}
     with open_session(flags, World.alone()) as session:
         manifest = session.dataset.manifest
-        plan = plan_for(PlanConfig(data=flags.data, calibrate_seconds=0, batch_size=flags.batch_size),
-                        session.dataset, 1)  # fmt: skip
+        plan = plan_for(
+            PlanConfig.ready(CONFIG, data=flags.data, calibrate_seconds=0, batch_size=flags.batch_size),
+            session.dataset,
+            1,
+        )
         bound = plan.table_bytes + plan.loader_bytes + plan.step_bytes + PROCESS_MEMORY
         train, val = manifest.num_ratings["train"], manifest.num_ratings["val"]
         table_rows = manifest.num_users + manifest.num_items

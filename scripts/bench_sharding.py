@@ -88,7 +88,8 @@ def rate(world: World, path: str, size: int, way: str, run: str) -> float:
     """Ratings/s of the best epoch but the first; collective."""
     sharding, world.may_share, world.may_connect = WAYS[way]
     run = world.broadcast(run)
-    config = TrainConfig(data=path, run_dir=run, batch_size=size, epochs=EPOCHS, device="cpu", sharding=sharding,
+    config = TrainConfig.ready("vignette_mf_advanced", data=path, run_dir=run,
+                                batch_size=size, epochs=EPOCHS, device="cpu", sharding=sharding,
                          checkpoint_every="60m", overwrite=True)  # fmt: skip
     report = train(config, world, Console(False))
     assert report is not None

@@ -230,7 +230,8 @@ def ours(dataset: Dataset, kind: str, batches: Sequence[Batch], flags: Any) -> f
 def job(dataset: Dataset, size: int, flags: Any) -> float:
     """Ratings/s of the last of three epochs of the whole job, loader and bookkeeping included."""
     with tempfile.TemporaryDirectory() as run:
-        command = [sys.executable, "jobs/train.py", "--data", dataset.path, "--run-dir", f"{run}/run", "--epochs", "3",
+        command = [sys.executable, "jobs/train.py", "--config", "vignette_mf_advanced",
+                   "--data", dataset.path, "--run-dir", f"{run}/run", "--epochs", "3",
                    "--batch-size", str(size), "--checkpoint-every", "60m"]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": str(flags.threads)}
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment)

@@ -65,8 +65,14 @@ def _train(data: str, loader: type[Loader], seed: int, flags: argparse.Namespace
     """Validation RMSE of the last epoch and the median epoch's training ratings a second."""
     training.Loader = loader  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as run:
-        config = TrainConfig(
-            data=data, run_dir=f"{run}/run", seed=seed, epochs=flags.epochs, lr=flags.lr, batch_size=flags.batch_size
+        config = TrainConfig.ready(
+            "vignette_mf_advanced",
+            data=data,
+            run_dir=f"{run}/run",
+            seed=seed,
+            epochs=flags.epochs,
+            lr=flags.lr,
+            batch_size=flags.batch_size,
         )
         start = time.perf_counter()
         report = training.train(config, World.alone())

@@ -29,7 +29,8 @@ from mfdist.training.train import train
 
 
 def config(data: str, run: str) -> TrainConfig:
-    return TrainConfig(
+    return TrainConfig.ready(
+        "vignette_mf_advanced",
         data=data, run_dir=run, batch_size=50, epochs=3, emb_dim=8, lr=0.01, device="cpu", checkpoint_every="7", keep=2,
         stop_fraction=0.1,
     )  # fmt: skip

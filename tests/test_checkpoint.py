@@ -46,7 +46,9 @@ def data(tmp_path_factory):
 
 def config(data, run, **values):
     small = {"batch_size": 64, "epochs": 1, "emb_dim": 4, "device": "cpu", "lr": 0.01, "checkpoint_every": "4"}
-    return TrainConfig(data=data, run_dir=str(run), **{**small, "sharding": "row", **values})
+    return TrainConfig.ready(
+        "vignette_mf_advanced", data=data, run_dir=str(run), **{**small, "sharding": "row", **values}
+    )
 
 
 def configs(data, folder, cases, **values):

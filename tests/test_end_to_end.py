@@ -70,7 +70,7 @@ def test_built_in_ratings_are_learned_to_near_their_noise_floor(tmp_path):
     data, source = str(tmp_path / "builtin"), str(tmp_path / "same.csv")
     make_builtin(data)
     floor = synthesize(SynthesizeConfig(rows=200_000, out=source)).noise_floor["rmse"]
-    c = TrainConfig(data=data, run_dir=str(tmp_path / "run"), device="cpu", lr=0.005)
+    c = TrainConfig.ready("vignette_mf_advanced", data=data, run_dir=str(tmp_path / "run"), device="cpu", lr=0.005)
     report = train(c, World.alone(), QUIET)
     assert floor < report["final"]["val_rmse"] < floor + 0.08
     assert report["final"]["val_rmse"] < report["floors"]["bias"]["rmse"]

@@ -34,8 +34,8 @@ from mfdist.training.train import train
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 QUIET = Console(speaks=False)
-FLAGS = ["--batch-size=50", "--epochs=2", "--emb-dim=8", "--lr=0.01", "--device=cpu", "--checkpoint-every=9",
-         "--keep=2"]  # fmt: skip
+FLAGS = ["--config=vignette_mf_advanced", "--batch-size=50", "--epochs=2", "--emb-dim=8", "--lr=0.01", "--device=cpu",
+         "--checkpoint-every=9", "--keep=2"]  # fmt: skip
 STEPS = 30  # of an epoch
 
 
@@ -305,7 +305,7 @@ def test_a_lost_host_ends_the_others_and_the_job_resumes(data, expected, tmp_pat
 def config(data, run, **values):
     small = {"batch_size": 50, "epochs": 2, "emb_dim": 8, "lr": 0.01, "device": "cpu", "checkpoint_every": "9",
              "keep": 2}  # fmt: skip
-    return TrainConfig(data=data, run_dir=str(run), **{**small, **values})
+    return TrainConfig.ready("vignette_mf_advanced", data=data, run_dir=str(run), **{**small, **values})
 
 
 class FailingFS(LocalFileSystem):

@@ -215,7 +215,7 @@ def test_a_graph_gives_the_bits_of_its_kernels():
 
 def small_config(data, run, **values):
     small = {"batch_size": 90, "epochs": 1, "emb_dim": 4, "device": "cpu", "checkpoint_every": "2", "l2": (0.01, 0.02)}
-    return TrainConfig(data=data, run_dir=str(run), **{**small, **values})
+    return TrainConfig.ready("vignette_mf_advanced", data=data, run_dir=str(run), **{**small, **values})
 
 
 def train_on_gpu_kernels(world, configs):

@@ -33,7 +33,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def config_of(dataset: Dataset, **changes: Any) -> plan.PlanConfig:
-    return plan.PlanConfig(data=dataset.path, **{"calibrate_seconds": 0.0, "batch_size": 512, **changes})
+    return plan.PlanConfig.ready(
+        "vignette_mf_advanced", data=dataset.path, **{"calibrate_seconds": 0.0, "batch_size": 512, **changes}
+    )
 
 
 def tensor_bytes(table: torch.nn.Module) -> int:
@@ -126,7 +128,18 @@ def planned(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 def test_the_job_prints_a_column_for_each_number_of_ranks_and_what_it_measured(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["--data", dataset.path, "--batch-size", "256", "--run-dir", str(tmp_path / "run"), "--ranks-per-host", "2"]
+    flags = [
+        "--config",
+        "vignette_mf_advanced",
+        "--data",
+        dataset.path,
+        "--batch-size",
+        "256",
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--ranks-per-host",
+        "2",
+    ]
     lines = planned(capsys, monkeypatch, *flags, "--ranks", "1,2,5")
     assert lines[0].split() == ["ranks", "1", "2", "5"] and lines[1].split() == ["hosts", "1", "1", "3"]
     assert next(line for line in lines if line.startswith("an epoch")).count(" s") == 3
@@ -152,7 +165,18 @@ def test_tables_of_which_a_part_fits_are_planned_by_fewer_lanes(
         assert calibration.lanes_that_fit(config, manifest, trial, row, bytes_needed) == lanes
     assert calibration.lanes_that_fit(config, manifest, trial, row, need[1] - 1) is None
     monkeypatch.setattr(plan, "available_bytes", lambda: 2 * need[2])
-    lines = planned(capsys, monkeypatch, "--data", dataset.path, "--batch-size", "256", "--ranks", "2")
+    lines = planned(
+        capsys,
+        monkeypatch,
+        "--config",
+        "vignette_mf_advanced",
+        "--data",
+        dataset.path,
+        "--batch-size",
+        "256",
+        "--ranks",
+        "2",
+    )
     assert "2 lanes each" in lines[-1]
     monkeypatch.setattr(plan, "available_bytes", lambda: 2 * need[1] - 2)
     lines = planned(capsys, monkeypatch, "--data", dataset.path, "--batch-size", "256", "--ranks", "2")
@@ -222,8 +246,21 @@ def run_job(name: str, *flags: str, launch: tuple[str, ...] = ()) -> float:
 def test_memory_within_15_and_time_within_30_percent_of_a_training(twin: str, tmp_path: Path, ranks: int) -> None:
     """For a machine that does nothing else: plan, train, compare."""
     run = tmp_path / "run"
-    flags = ["--data", twin, "--run-dir", str(run), "--epochs", EPOCHS, "--device", "cpu"]
-    config = plan.PlanConfig(data=twin, run_dir=str(run), epochs=int(EPOCHS), ranks=(ranks,))
+    flags = [
+        "--config",
+        "vignette_mf_advanced",
+        "--data",
+        twin,
+        "--run-dir",
+        str(run),
+        "--epochs",
+        EPOCHS,
+        "--device",
+        "cpu",
+    ]
+    config = plan.PlanConfig.ready(
+        "vignette_mf_advanced", data=twin, run_dir=str(run), epochs=int(EPOCHS), ranks=(ranks,)
+    )
     began = time.monotonic()
     (made,) = plan.plan(config)
     planning = time.monotonic() - began

@@ -664,7 +664,8 @@ def test_training_goes_on_with_an_appended_dataset(tmp_path: Path) -> None:
 
 def trained(folder: Path, name: str, **settings: Any) -> dict[str, dict[str, np.ndarray]]:
     """Train on ``folder``/d; the exported row, bias last, of every user and item id."""
-    config = TrainConfig(data=str(folder / "d"), run_dir=str(folder / name), emb_dim=4, batch_size=512, device="cpu",
+    config = TrainConfig.ready("vignette_mf_advanced", data=str(folder / "d"), run_dir=str(folder / name),
+                               emb_dim=4, batch_size=512, device="cpu",
                          **{"lr": 0.01, **settings})  # fmt: skip
     train(config, World.alone(), Console(speaks=False))
     tensors = load_file(folder / name / "model/model.safetensors")

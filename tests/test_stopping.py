@@ -28,7 +28,9 @@ def data(tmp_path_factory):
 
 
 def config(data, run, **values):
-    return TrainConfig(data=data, run_dir=str(run), batch_size=100, epochs=2, emb_dim=8, device="cpu", **values)
+    return TrainConfig.ready(
+        "vignette_mf_advanced", data=data, run_dir=str(run), batch_size=100, epochs=2, emb_dim=8, device="cpu", **values
+    )
 
 
 def deadline_flags(monkeypatch, kind):

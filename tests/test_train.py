@@ -61,7 +61,7 @@ def planted(tmp_path_factory):
 
 def config(data, run, **values):
     small = {"batch_size": 256, "epochs": 2, "emb_dim": 8, "device": "cpu"}
-    return TrainConfig(data=data, run_dir=str(run), **{**small, **values})
+    return TrainConfig.ready("vignette_mf_advanced", data=data, run_dir=str(run), **{**small, **values})
 
 
 def of_file(name, data, run, epochs):

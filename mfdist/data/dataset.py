@@ -76,6 +76,8 @@ class Manifest:
     filtered: int
     merged: int
     files: tuple[FileEntry, ...]
+    rating_spread: float | None = None  # standard deviation of the training ratings, and their skewness;
+    rating_skewness: float = 0.0  # None in a dataset that an earlier version prepared
     has_timestamp: bool = False
     format_version: int = FORMAT_VERSION
     extra: dict[str, Any] = field(default_factory=dict)

@@ -253,7 +253,7 @@ class FusedStep(nn.Module):
         optimizer, form = self._optimizer, self.model.form
         rate, (beta1, beta2) = optimizer.rate(step), optimizer.betas
         scale = 2 * self._objective.weight(global_rows)
-        low, high = form.sigmoid_range or (0.0, 0.0)
+        low, high = form.value_range or (0.0, 0.0)
         offset = float(self.model.offset.detach()) if self.model.offset is not None else 0.0
         self._numbers[:] = (
             1 - rate * optimizer.weight_decay, rate / (1 - beta1**step), (1 - beta2**step) ** -0.5, 1 - beta1, beta2,

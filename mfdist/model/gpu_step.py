@@ -84,7 +84,7 @@ class GpuStep(nn.Module):
         assert isinstance(model.user, ShardedTable) and isinstance(model.item, ShardedTable)
         self.model, self._user, self._item = model, model.user, model.item
         form, self._device = model.form, model.user.world.device
-        low, high = form.sigmoid_range or (0.0, 0.0)
+        low, high = form.value_range or (0.0, 0.0)
         self._low, self._span = low, high - low
         self._shape = gpu.shape_of(
             form.dim, form.bias, packed.KINDS[optimizer.kind], sum(optimizer.state_widths(form.width)),

@@ -6,6 +6,7 @@ into the rating scale widened by half a step; ``sigmoid``, ``bias`` and ``init``
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from mfdist.metrics import round_to_scale
 from mfdist.model.initial_weights import initial_rows
 from mfdist.model.objective import ITEM, USER
 from mfdist.model.tables import Table
+from mfdist.model.units import AS_GIVEN, Units
 
 __all__ = ["MF", "Form", "MFAdvanced", "Scored", "round_to_scale", "sigmoid_range"]
 
@@ -25,7 +27,8 @@ USER_TABLE, ITEM_TABLE = USER, ITEM
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """What a prediction is computed from. ``sigmoid_range`` (low, high) is None where there is no sigmoid."""
+    """What a prediction is computed from. ``sigmoid_range`` (low, high), in ratings, is None where there is no sigmoid.
+    What is learned, and so scores and weights, is in ``units``; an export is in ratings."""
 
     model: str
     dim: int
@@ -40,6 +43,7 @@ class Form:
     """
     init_std: float | None = None
     """Factors begin as normal(0, init_std / sqrt(factors of a member)), biases at 0; None: as ``init`` says."""
+    units: Units = AS_GIVEN
     implicit: float = 0.0
     """What a user chose to rate counts as well: with a > 0 a user's factors are p + w S, w = a / sqrt(n), S being the
     sum of the factors (not biases) q of the n items that the user rated. (SVD++, Koren 2008, with the items' second
@@ -80,11 +84,27 @@ class Form:
         """Factors of a member."""
         return self.dim // max(self.members, 1)
 
-    def rating_of_score(self, score: torch.Tensor) -> torch.Tensor:
-        if self.sigmoid_range is None:
+    def value_of_score(self, score: torch.Tensor) -> torch.Tensor:
+        """The predicted rating in ``units``."""
+        if self.value_range is None:
             return score
-        low, high = self.sigmoid_range
+        low, high = self.value_range
         return low + (high - low) * torch.sigmoid(score)
+
+    @property
+    def value_range(self) -> tuple[float, float] | None:
+        """``sigmoid_range`` in ``units``."""
+        return None if self.sigmoid_range is None else self.units.span(*self.sigmoid_range)
+
+    @property
+    def exported_scale(self) -> float:
+        """An exported score is this times the model's own, plus :attr:`exported_shift`."""
+        spread = self.units.spread
+        return spread if self.sigmoid_range is None else math.copysign(1.0, spread)
+
+    @property
+    def exported_shift(self) -> float:
+        return self.units.mean if self.sigmoid_range is None else 0.0
 
     def score(self, user: torch.Tensor, item: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
         """Scores (rows,) of stored rows (rows, stored width)."""
@@ -110,18 +130,27 @@ class Form:
         return score if offset is None else score + offset
 
     def exported(self, side: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embedding (rows, dim) and bias (rows,) whose plain dot product and sum give the score."""
-        embedding = self.factors_of_users(rows) if side == USER else rows[:, : self.dim]
-        if not self.members:
-            return embedding, rows[:, self.dim] if self.bias else None
-        bias = embedding[:, BIAS_COLUMN[side] :: self.part].mean(dim=1)
-        return embedding / self.members**0.5, bias
-
-    def imported(self, embedding: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The reverse of :meth:`exported`: rows (rows, width)."""
+        """Embedding (rows, dim) and bias (rows,) whose plain dot product and sum give the exported score."""
+        embedding, bias = self.factors_of_users(rows) if side == USER else rows[:, : self.dim], None
         if self.members:
-            return embedding * float(self.members**0.5)
-        return embedding if bias is None else torch.cat([embedding, bias[:, None]], dim=1)
+            bias = embedding[:, BIAS_COLUMN[side] :: self.part].mean(dim=1)
+        elif self.bias:
+            bias = rows[:, self.dim]
+        factor = self._exported_factor(side)
+        if self.units.plain:
+            return embedding / self.members**0.5 if self.members else embedding, bias
+        return embedding * factor, None if bias is None else bias * self.exported_scale
+
+    def _exported_factor(self, side: int) -> float:
+        """What an exported embedding is multiplied by; the items' carries the sign of the scale."""
+        scale = self.exported_scale
+        root = math.sqrt(abs(scale) / max(self.members, 1))
+        return math.copysign(root, scale) if side == ITEM else root
+
+    def imported(self, side: int, embedding: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The reverse of :meth:`exported`: rows (rows, width), without bags."""
+        rows = embedding / self._exported_factor(side)
+        return rows if bias is None or self.members else torch.cat([rows, bias[:, None] / self.exported_scale], dim=1)
 
     def initial(self, seed: int, table: int, first: int, end: int) -> torch.Tensor:
         """Initial stored rows (end - first, stored width) of global rows, bags empty."""
@@ -155,7 +184,8 @@ def sigmoid_range(low: float, high: float, step: float) -> tuple[float, float]:
 
 
 class Scored(NamedTuple):
-    """Of each member (rows, members or 1), and the stored rows behind them (rows, stored width)."""
+    """Of each member (rows, members or 1), in the form's units; and the stored rows behind them (rows, stored width)
+    of each side."""
 
     scores: torch.Tensor
     predictions: torch.Tensor
@@ -178,7 +208,7 @@ class MF(nn.Module):
         """
         p, q = self.user(user), self.item(item)
         scores = self.form.member_scores(p, q, self.offset, share)
-        return Scored(scores, self.form.rating_of_score(scores), p, q)
+        return Scored(scores, self.form.value_of_score(scores), p, q)
 
     def settle(self) -> None:
         """Bring every row of both tables to the present, in place."""
@@ -190,7 +220,7 @@ class MFAdvanced(MF):
     """prediction = sigmoid_range(<p_u, q_i> + b_u + b_i + offset); without ``bias`` neither biases nor offset."""
 
     def __init__(self, form: Form, user: Table, item: Table, fixed_offset: float | None = None) -> None:
-        """``fixed_offset``: the offset is this and not learned."""
+        """``fixed_offset``, in the form's units: the offset is this and not learned; else it is learned from 0."""
         super().__init__(form, user, item)
         if form.bias:
             start = torch.full((1,), fixed_offset or 0.0, device=user.world.device)

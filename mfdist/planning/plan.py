@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mfdist.cluster.launch import usable_cores
+from mfdist.cluster.world import World
 from mfdist.config import flag
 from mfdist.data.batch_blocks import AHEAD_BYTES
 from mfdist.data.batch_order import lanes_of_rank
@@ -34,6 +35,7 @@ from mfdist.planning import calibration
 from mfdist.planning.calibration import Measured, Trial
 from mfdist.prepare.lanes import row_group_rows
 from mfdist.training.config import TrainConfig
+from mfdist.training.data_facts import fitted
 
 BIT_BYTES = 1 / 8  # of a request: whether its row comes early
 MESSAGES = 2
@@ -109,7 +111,7 @@ def plan(config: PlanConfig) -> list[Plan]:
     if config.data is None:
         raise UsageError("--data is needed: the plan is made from a prepared dataset.")
     base = resident_bytes() + PROCESS_BYTES
-    dataset = Dataset.open(config.data)
+    config, dataset = fitted(config, Dataset.open(config.data), World.alone())
     lanes = len(dataset.manifest.lanes)
     if max(config.ranks) > lanes:
         raise UsageError(f"--ranks {max(config.ranks)}: the dataset has {lanes} lanes; ask for at most as many ranks.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -223,7 +223,7 @@ def time_unit(latest: int) -> int:
 
 
 def rating_facts(facts: LaneFacts, scale: tuple[float, float] | None) -> dict[str, Any]:
-    """Scale, step, histogram and mean. Beyond 1,000 different ratings: 100 equal bins, by their lower edges."""
+    """Scale, step, histogram and moments. Beyond 1,000 different ratings: 100 equal bins, by their lower edges."""
     both = dict(facts.train_values)
     for value, count in facts.val_values.items():
         both[value] = both.get(value, 0) + count
@@ -231,14 +231,23 @@ def rating_facts(facts: LaneFacts, scale: tuple[float, float] | None) -> dict[st
     low, high = scale or (values[0], values[-1])
     train = np.array(sorted(facts.train_values))
     step = float(np.diff(train).min()) if train.size > 1 else 1.0
-    number = sum(facts.train_values.values())
-    total = math.fsum(value * count for value, count in facts.train_values.items())
     histogram = [(value, both[value]) for value in values]
     if len(values) > MAX_DISTINCT:
         counts, edges = np.histogram(values, 100, (values[0], values[-1]), weights=[both[v] for v in values])
         histogram = [(float(edge), int(count)) for edge, count in zip(edges[:-1], counts, strict=True)]
     return {"rating_scale": (low, high), "rating_step": max(step, (high - low) / 100), "rating_histogram": histogram,
-            "global_mean": total / number if number else 0.0}  # fmt: skip
+            **rating_moments(facts.train_values)}  # fmt: skip
+
+
+def rating_moments(counts: Mapping[float, int]) -> dict[str, float]:
+    """Mean, standard deviation and skewness of ratings given as {rating: how many}; 0 of none."""
+    number = max(sum(counts.values()), 1)
+    mean = math.fsum(value * count for value, count in counts.items()) / number
+    second, third = (
+        math.fsum(count * (value - mean) ** power for value, count in counts.items()) / number for power in (2, 3)
+    )
+    spread = math.sqrt(second)
+    return {"global_mean": mean, "rating_spread": spread, "rating_skewness": third / spread**3 if spread else 0.0}
 
 
 def make_manifest(config: PrepareConfig, read: Ingest, plan: Plan, totals: Totals, counts: ItemCounts,

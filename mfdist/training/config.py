@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from mfdist.config import flag, parse_pair, parse_range
+from mfdist.config import Follows, flag, parse_pair, parse_range, read_toml
 from mfdist.data.dataset import Manifest
 from mfdist.errors import UsageError
 from mfdist.model.models import Form, sigmoid_range
 from mfdist.model.objective import Objective
 from mfdist.model.optimizers import OPTIMIZERS, SCHEDULES, RowOptimizer
+from mfdist.model.units import Units
+from mfdist.training.defaults import RECIPE, settled
 
 
 def parse_row_l2(text: str) -> tuple[float, ...]:
@@ -32,45 +34,64 @@ def parse_cadence(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The flags of jobs/train.py; defaults are those of ``vignette_mf_advanced.toml``."""
+    """The flags of jobs/train.py; defaults are those of ``recipe.toml``, or what other flags leave of them
+    (``training.defaults``)."""
 
     data: str | None = flag(None, "dataset directory or URL; not set: a small built-in dataset under data/builtin")
     run_dir: str | None = flag(None, "run directory or URL; not set: a new numbered folder under runs/")
-    model: str = flag("mf_advanced", "which model", choices=("mf", "mf_advanced"))
-    emb_dim: int = flag(32, "factors of a user and of an item", at_least=1)
-    optimizer: str = flag("adamw", "row optimizer; adamw is exact on untouched rows too", choices=OPTIMIZERS)
-    lr: float = flag(0.0005, "learning rate", above=0)
-    lr_schedule: str = flag("constant", "course of the learning rate; the others reach 0 at the end", choices=SCHEDULES)
-    weight_decay: float = flag(0.01, "decoupled weight decay: w <- w (1 - lr wd), every row, every step", at_least=0)
-    l2: tuple[float, float] = flag(
-        (0.0, 0.0), "FACTORS,BIASES: penalty in the loss, per rating, on its own rows", parse=parse_pair
+    model: str = flag(RECIPE["model"], "which model", choices=("mf", "mf_advanced"))
+    emb_dim: int = flag(Follows(str(RECIPE["emb_dim"])), "factors of a user and of an item", at_least=1)
+    optimizer: str = flag(
+        RECIPE["optimizer"], "row optimizer; adamw is exact on untouched rows too", choices=OPTIMIZERS
     )
-    row_l2: tuple[float, ...] | None = flag(
-        None, "penalty of a row, shared out among its ratings: factors of users, of items [, biases of users, of items "
-        "[, scales of users, of items]]; not set: none", parse=parse_row_l2
+    lr: float = flag(Follows(f"{RECIPE['lr']}, and what suits it for another --optimizer"), "learning rate", above=0)
+    lr_schedule: str = flag(
+        RECIPE["lr_schedule"], "course of the learning rate; linear and cosine reach 0 at the end", choices=SCHEDULES
+    )
+    weight_decay: float = flag(
+        RECIPE["weight_decay"], "decoupled weight decay: w <- w (1 - lr wd), every row, every step", at_least=0
+    )
+    l2: tuple[float, float] = flag(
+        tuple(RECIPE["l2"]), "FACTORS,BIASES: penalty in the loss, per rating, on its own rows", parse=parse_pair
+    )
+    row_l2: tuple[float, ...] = flag(
+        Follows(",".join(f"{value:g}" for value in RECIPE["row_l2"]) + "; 1,1 for models without an offset"),
+        "penalty of a row, shared out among its ratings: factors of users, of items [, biases of users, of items "
+        "[, scales of users, of items]]; 0,0: none", parse=parse_row_l2
     )  # fmt: skip
     reduction: str = flag(
-        "mean", "loss of a step: the mean of its squared errors, or half their sum (then --lr is that of one rating)",
+        Follows("sum, mean for another --optimizer than sgd"), "loss of a step: the mean of its squared errors, or "
+        "half their sum (then --lr is that of one rating, and the offset takes the mean of their steps)",
         choices=("mean", "sum"),
     )  # fmt: skip
     members: int = flag(
-        0, "groups that the factors fall into, each fitted by itself with biases inside, their mean predicts; 0: none",
+        Follows(f"{RECIPE['members']}, one for every 16 factors; 0 with a sigmoid or without biases"),
+        "groups that the factors fall into, each fitted by itself with biases inside, their mean predicts; 0: none",
         at_least=0,
     )  # fmt: skip
     offset: str = flag(
-        "learned", "mf_advanced's offset: learned from 0, or the mean of training", choices=("learned", "mean")
-    )
-    init_std: float | None = flag(
-        None, "factors begin as normal(0, this / sqrt(factors)), biases at 0; not set: as --no-init says", at_least=0
-    )
+        RECIPE["offset"], "mf_advanced's offset: learned from 0 (--rating-units spread: from the mean), or the mean "
+        "itself", choices=("learned", "mean"),
+    )  # fmt: skip
+    rating_units: str = flag(
+        RECIPE["rating_units"], "what rates, penalties and initial values are meant in: the spread of the training "
+        "ratings, from their mean, or ratings as given; predictions are as given anyway", choices=("spread", "given"),
+    )  # fmt: skip
+    init_std: float = flag(
+        Follows(f"{RECIPE['init_std']}, 0 with --no-init"), "factors begin as normal(0, this / sqrt(factors of a "
+        "member)), biases at 0; 0: as --no-init says", at_least=0,
+    )  # fmt: skip
     implicit: float = flag(
-        0.0, "weight of what a user rated, whatever the rating: factors plus this / sqrt(n) times the sum of those of "
-        "the user's n items; 0: none", at_least=0,
+        Follows(f"{RECIPE['implicit']}, 0 without sgd or biases"), "weight of what a user rated, whatever the rating: "
+        "factors plus this / sqrt(n) times the sum of those of the user's n items; 0: none", at_least=0,
     )  # fmt: skip
     betas: tuple[float, float] = flag((0.9, 0.999), "Adam's decay rates of the two moments", parse=parse_pair)
     eps: float = flag(1e-8, "added to the root of the second moment", at_least=1e-15)
-    batch_size: int = flag(8192, "ratings of a step, over all ranks", at_least=1)
-    epochs: int = flag(10, "passes over the training ratings", at_least=1)
+    batch_size: int = flag(
+        Follows(f"{RECIPE['batch_size']}, less where a user or an item has many of all ratings"),
+        "ratings of a step, over all ranks", at_least=1,
+    )  # fmt: skip
+    epochs: int = flag(RECIPE["epochs"], "passes over the training ratings", at_least=1)
     max_minutes: float | None = flag(None, "stop with a checkpoint after this many minutes", above=0)
     keep: int = flag(3, "checkpoints to keep", at_least=1)
     keep_every: int | None = flag(None, "keep also every checkpoint whose step is a multiple of this", at_least=1)
@@ -92,16 +113,25 @@ class TrainConfig:
     stop_fraction: float = flag(0.0, "share of training rows held out to choose the epoch", at_least=0, at_most=0.5)
     patience: int | None = flag(None, "stop after this many epochs without progress on the stop rows", at_least=1)
     cold: str = flag(
-        "own", "rows without training: their own initial values, or the known side only", choices=("own", "known-side")
-    )
-    no_sigmoid: bool = flag(False, "mf_advanced without its sigmoid")
+        Follows("known-side, own without biases"),
+        "rows without training: their own initial values, or the known side only", choices=("own", "known-side"),
+    )  # fmt: skip
+    no_sigmoid: bool = flag(Follows("True unless --sigmoid-range is given"), "mf_advanced without its sigmoid")
     no_bias: bool = flag(False, "mf_advanced without biases and offset")
     no_init: bool = flag(False, "mf_advanced with normal(0, 1) initial values instead of uniform(0, 0.05)")
     sigmoid_range: tuple[float, float] | None = flag(
-        None, "LOW,HIGH of the sigmoid; not set: the scale widened by half a step", parse=parse_range
-    )
+        None, "mf_advanced with a sigmoid onto LOW,HIGH; not set: with no-sigmoid = false in a file, the scale widened "
+        "by half a step", parse=parse_range,
+    )  # fmt: skip
+
+    @classmethod
+    def ready(cls, name: str, **values: Any) -> TrainConfig:
+        """A ready configuration by its name, with these values of flags in place of its own."""
+        return cls(**{**read_toml(cls, name), **values})
 
     def __post_init__(self) -> None:
+        for name, value in settled({field.name: getattr(self, field.name) for field in fields(self)}).items():
+            object.__setattr__(self, name, value)
         plain = self.model == "mf"
         for name in ("no_sigmoid", "no_bias", "no_init"):
             if plain and getattr(self, name):
@@ -122,8 +152,8 @@ class TrainConfig:
             raise UsageError(
                 f"--members {self.members} needs an --emb-dim that it divides into groups of three or more factors."
             )
-        if self.implicit and (self.optimizer != "sgd" or self.weight_decay or self.init_from):
-            raise UsageError("--implicit needs --optimizer sgd and --weight-decay 0, and no --init-from.")
+        if self.implicit and (self.optimizer != "sgd" or self.weight_decay):
+            raise UsageError("--implicit needs --optimizer sgd and --weight-decay 0.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"--betas {self.betas[0]:g},{self.betas[1]:g}: both must be at least 0 and below 1.")
         if min(self.l2) < 0:
@@ -136,11 +166,19 @@ class TrainConfig:
         return Form(
             model=self.model, dim=self.emb_dim, bias=advanced and not self.no_bias, init=advanced and not self.no_init,
             sigmoid_range=span if advanced and not self.no_sigmoid else None, members=self.members,
-            init_std=self.init_std, implicit=self.implicit,
+            init_std=self.init_std or None, implicit=self.implicit, units=self.units(manifest),
         )  # fmt: skip
 
+    def units(self, manifest: Manifest) -> Units:
+        """What ratings of this dataset are learned in."""
+        if self.rating_units == "given":
+            return Units()
+        assert manifest.rating_spread is not None
+        centred = self.model == "mf_advanced" and not self.no_bias
+        return Units.of_ratings(manifest.global_mean, manifest.rating_spread, manifest.rating_skewness, centred)
+
     def objective(self) -> Objective:
-        return Objective(reduction=self.reduction, l2=self.l2, row_l2=self.row_l2)
+        return Objective(reduction=self.reduction, l2=self.l2, row_l2=self.row_l2 if any(self.row_l2) else None)
 
     def row_optimizer(self, total_steps: int) -> RowOptimizer:
         return RowOptimizer(
@@ -151,8 +189,8 @@ class TrainConfig:
 
 MEANING = (
     "model", "emb_dim", "optimizer", "lr", "lr_schedule", "weight_decay", "l2", "row_l2", "reduction", "members",
-    "offset", "init_std", "implicit", "betas", "eps", "batch_size", "seed", "wire_dtype", "init_from", "stop_fraction",
-    "cold", "no_sigmoid", "no_bias", "no_init", "sigmoid_range",
+    "offset", "rating_units", "init_std", "implicit", "betas", "eps", "batch_size", "seed", "wire_dtype", "init_from",
+    "stop_fraction", "cold", "no_sigmoid", "no_bias", "no_init", "sigmoid_range",
 )  # fmt: skip
 """Keys that a resumed run may not change: they would make it another run."""
 PLACES = ("run_dir", "data", "resume", "overwrite")
@@ -169,13 +207,24 @@ def changes(before: dict[str, Any], now: TrainConfig) -> dict[str, tuple[Any, An
     }
 
 
-def check_changes(before: dict[str, Any], now: TrainConfig) -> list[str]:
-    """Lines that show what changed since the run began; UsageError where that would change its meaning."""
+def check_changes(before: dict[str, Any], now: TrainConfig, finished: bool = False) -> list[str]:
+    """Lines that show what changed since the run began; UsageError where that would change its meaning.
+
+    A ``finished`` run may be lengthened: a schedule then ends at the new end, and its rate goes up again to what it
+    would have been there.
+    """
     changed = changes(before, now)
     lines = [f"{key.replace('_', '-')}: {then} -> {new}" for key, (then, new) in changed.items()]
     refused = [key for key in changed if key in MEANING]
     if "epochs" in changed and now.lr_schedule != "constant":
-        refused.append("epochs")
+        done, wanted = changed["epochs"]
+        if finished and wanted > done:
+            rate = now.row_optimizer(wanted * 1000).rate(done * 1000 + 1)
+            lines.append(
+                f"the {now.lr_schedule} schedule: ends with epoch {wanted} now, goes on with a rate of {rate:.3g}"
+            )
+        else:
+            refused.append("epochs")
     if refused:
         shown = "; ".join(line for line in lines if line.split(":")[0].replace("-", "_") in refused)
         raise UsageError(

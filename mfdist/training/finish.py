@@ -78,7 +78,7 @@ def doubt_about(found: dict[str, Any], lr: float, epochs: int) -> str:
         return ""
     return (
         f"RMSE {rmse:.4f} (clipped) is worse than {floor:.4f}, that of user and item biases alone: --lr {lr:g} is too "
-        f"high or too low for this data, or --epochs {epochs} too many or too few."
+        f"high or too low for this data, or --epochs {epochs} too many or too few. --config recipe suits most data."
     )
 
 
@@ -93,7 +93,8 @@ def export_model(session: Session) -> None:
         if form.bias:
             shapes[f"{side}_bias"] = ((rows,), _chunks(session, table, number, biases=True))
     if session.model.offset is not None:
-        shapes["offset"] = ((1,), [session.model.offset.detach().cpu().numpy()])
+        offset = session.model.offset.detach().cpu().double().numpy()
+        shapes["offset"] = ((1,), [(offset * form.exported_scale + form.exported_shift).astype(np.float32)])
     about = {
         "model": form.model, "dim": form.dim, "bias": form.bias, "sigmoid": form.sigmoid_range is not None,
         "sigmoid_range": list(form.sigmoid_range) if form.sigmoid_range else None, "cold": session.config.cold,

@@ -21,18 +21,18 @@ from mfdist.cluster.world import World
 from mfdist.config import to_dict
 from mfdist.data.dataset import Dataset
 from mfdist.data.loader import Loader, available_bytes
-from mfdist.errors import DataError, UsageError
+from mfdist.errors import DataError
 from mfdist.log import Console, MetricsLog
 from mfdist.model.cpu_step import FusedStep
 from mfdist.model.models import ITEM_TABLE, MF, USER_TABLE, MFAdvanced
 from mfdist.model.objective import Floats32, Objective, shares_of
 from mfdist.model.optimizers import RowOptimizer
 from mfdist.model.tables import ReplicatedTable, Rows, ShardedTable, Table, item_layout, user_layout
-from mfdist.results import export
 from mfdist.run import checkpoint, tensor_files
 from mfdist.run.background_save import Saver
 from mfdist.run.checkpoint import Retention
 from mfdist.training.config import TrainConfig
+from mfdist.training.continuation import begin_with
 from mfdist.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ def build(
     if config.model == "mf":
         model = MF(form, user, item)
     else:
-        model = MFAdvanced(form, user, item, manifest.global_mean if config.offset == "mean" else None)
+        mean = (manifest.global_mean - form.units.mean) / form.units.spread
+        model = MFAdvanced(form, user, item, mean if config.offset == "mean" else None)
     world.interface = config.interface
     objective = config.objective()
     shares = _shares(dataset, user) if objective.penalised or form.implicit else None
@@ -181,7 +182,7 @@ def restore_or_initialise(session: Session) -> None:
         for table, number in ((session.model.user, USER_TABLE), (session.model.item, ITEM_TABLE)):
             table.initialise(partial(session.model.form.initial, config.seed, number))
         if config.init_from:
-            _init_from(session, config.init_from)
+            begin_with(config.init_from, session.model, session.dataset, config.seed)
     path = storage.join(run, "metrics.jsonl") if world.is_main else None
     session.metrics = MetricsLog(path, session.progress.step if folder else None)
     kind = "resume" if folder else "start"
@@ -235,36 +236,6 @@ def _load_columns(folder: str, name: str, table: Table, parts: range, columns: C
                 target = targets[key]
                 value = held[:, first:end].contiguous().view(target.dtype)
                 target.copy_(value.view(target.shape))
-
-
-def _init_from(session: Session, run: str) -> None:
-    """Begin with the exported model of another run, whose rows are the first ones of these tables."""
-    exported = export.ExportedModel.open(run)
-    form, model = session.model.form, session.model
-    members = exported.config.get("members", 0)
-    if exported.config["dim"] != form.dim or exported.has_biases != form.bias or members != form.members:
-        raise UsageError(
-            f"--init-from {storage.redact(run)}: that model has another --emb-dim, other biases or --members."
-        )
-    sides = ((model.user, USER_TABLE, exported.user_embedding, exported.user_bias),
-             (model.item, ITEM_TABLE, exported.item_embedding, exported.item_bias))  # fmt: skip
-    for table, number, factors, biases in sides:
-        if len(factors) > table.layout.num_rows:
-            raise UsageError(f"--init-from {storage.redact(run)}: it has more users or items than this dataset.")
-        table.initialise(partial(_known_rows, session, number, factors, biases))
-    if model.offset is not None:
-        model.offset.data.fill_(exported.offset)
-
-
-def _known_rows(session: Session, number: int, factors: Any, biases: Any, first: int, end: int) -> torch.Tensor:
-    """Weights of rows ``first`` to ``end``: another model's where it has them, initial values behind."""
-    form = session.model.form
-    weight = form.initial(session.config.seed, number, first, end)
-    known = max(0, min(end, len(factors)) - first)
-    if known:
-        bias = None if biases is None else torch.from_numpy(np.array(biases[first : first + known]))
-        weight[:known] = form.imported(torch.from_numpy(np.array(factors[first : first + known])), bias)
-    return weight
 
 
 Columns = dict[str, dict[str, list[int]]]

@@ -31,6 +31,7 @@ from mfdist.run import directory
 from mfdist.run.lease import Lease
 from mfdist.run.stopping import StopWatch
 from mfdist.training.config import TrainConfig, check_changes
+from mfdist.training.data_facts import fitted
 from mfdist.training.finish import finish
 from mfdist.training.session import (
     Session,
@@ -53,10 +54,12 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     """
     console = console or Console(world.is_main)
     config = _with_places(config, world, console)
-    assert config.data is not None and config.run_dir is not None
+    assert config.data is not None
     dataset = Dataset.open(config.data)
     if not dataset.manifest.num_ratings["train"]:
         raise DataError(f"{storage.redact(dataset.path)} has no training ratings.")
+    config, dataset = fitted(config, dataset, world)
+    assert config.run_dir is not None
     with _hold(config.run_dir, world, console) as may_save:
         if not _open_run(config, dataset, world, console):
             return None
@@ -96,7 +99,8 @@ def collector_at_ease() -> Iterator[None]:
 
 
 def train_step(session: Session, batch: Batch) -> torch.Tensor:
-    """One optimizer step on the global batch: returns this rank's sum of squared errors, float64, on its device.
+    """One optimizer step on the global batch: returns this rank's sum of squared errors, float64, on its device, in
+    the form's units.
 
     The loss is the sum over all ranks' rows divided by their number; DDP's reduction adds, it does not average.
     """
@@ -105,6 +109,8 @@ def train_step(session: Session, batch: Batch) -> torch.Tensor:
     if model.offset is not None and model.offset.requires_grad:
         assert model.offset.grad is not None
         weight, grad = model.offset.data.view(1, 1), model.offset.grad.view(1, 1)
+        if session.objective.reduction == "sum":  # every rating has a part in it: their mean, lest it leap
+            grad /= batch.global_rows * max(model.form.members, 1)
         session.optimizer.update(weight, session.offset_state, grad, step)
         grad.zero_()
     session.progress.step, session.progress.step_in_epoch = step, batch.step + 1
@@ -120,7 +126,8 @@ def batches_of(session: Session, epoch: int, start_step: int = 0) -> Iterator[Ba
 def _fused_step(session: Session, batch: Batch) -> torch.Tensor:
     """The tables move in forward; backward is the offset's."""
     assert session.fused is not None
-    loss = session.replica(batch.user, batch.item, batch.rating, batch.global_rows)
+    rating = session.model.form.units.values(batch.rating)
+    loss = session.replica(batch.user, batch.item, rating, batch.global_rows)
     if loss.requires_grad:
         loss.backward()
     return session.fused.squared_error
@@ -134,7 +141,7 @@ def _autograd_step(session: Session, batch: Batch) -> torch.Tensor:
         assert session.shares is not None
         share = torch.from_numpy(session.shares[USER]).to(batch.user.device)[session.model.user.local(batch.user)]
     scored = session.replica(batch.user, batch.item, share)
-    errors = scored.predictions - batch.rating[:, None]
+    errors = scored.predictions - form.units.values(batch.rating)[:, None]
     loss = errors.square().sum()
     weight = session.objective.weight(batch.global_rows)
     bags = None
@@ -238,8 +245,8 @@ def _open_run(config: TrainConfig, dataset: Dataset, world: World, console: Cons
             before = directory.prepare(
                 config.run_dir, config, dataset, job="train", resume=config.resume, overwrite=config.overwrite
             )
-            lines = check_changes(before["config"], config) if before else []
             done = directory.finished_epochs(config.run_dir)
+            lines = check_changes(before["config"], config, done is not None) if before else []
             finished = done is not None and (done >= config.epochs or _ended_early(config.run_dir))
             if before and not finished:
                 directory.update(config.run_dir, config, dataset, "train")
@@ -318,6 +325,7 @@ def _check(
     minutes_due = cadence.endswith("m") and time.monotonic() - session.saved_at >= 60 * int(cadence[:-1])
     losses = torch.stack(pending).cpu().numpy()
     summed = np.sum(world.gather(losses), axis=0)  # in rank order: a reduction's order varies with its length
+    summed *= session.model.form.units.spread**2
     flags = [float(reason is not None), float(minutes_due and world.is_main), spent, *session.saver.flags()]
     stop, due, slowest, saving, failed = world.max(flags)
     look_after_save(session, saving, failed)

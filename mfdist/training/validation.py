@@ -84,7 +84,8 @@ class Validation:
         device = self._world.device
         p = self._weights(model.user.read(torch.tensor(user, device=device)))
         q = self._weights(model.item.read(torch.tensor(item, device=device)))
-        return model.form.rating_of_score(model.form.score(p, q, model.offset)).cpu().numpy()
+        value = model.form.value_of_score(model.form.score(p, q, model.offset))
+        return model.form.units.ratings(value).cpu().numpy()
 
     def _weights(self, rows: Rows) -> torch.Tensor:
         return torch.where(rows.last[:, None] > 0, rows.weight, 0.0) if self._zero else rows.weight

@@ -1,0 +1,64 @@
+"""What a flag of training is where it is not given: the recipe's value, or what the flags given leave of it.
+
+The recipe (``configs/recipe.toml``) is a whole: members need a score without a sigmoid and biases inside their rows,
+bags need sgd. Where a flag takes one of these away, what rested on it gives way, and the rest stays:
+
+    --model mf, --no-bias   no members, no bags, --cold own (there is no known side), ratings measured from 0 (there is
+                            no offset), rows pulled gently: towards 0 is far from any rating there
+    a sigmoid               no members (--sigmoid-range, or no-sigmoid = false in a file)
+    --emb-dim N             members of about sixteen factors: the most that divide N
+    another --optimizer     no bags, the mean for the loss of a step, a rate of its own
+    --weight-decay          no bags
+    --reduction mean        with sgd: the rate that makes the steps of the sum
+    --no-init               normal(0, 1) as it says
+
+The rule is a function of what is given alone, so that a flag means the same beside any file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mfdist.config import Follows, read_ready
+
+RECIPE = read_ready("recipe")
+MEMBER_FACTORS = 16
+RATES = {"adamw": 0.003, "sparse_adam": 0.003, "rowwise_adagrad": 0.05}
+"""--lr of the optimizers that scale their steps themselves."""
+GENTLE_ROW_L2 = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+"""--row-l2 of a model that has no offset."""
+BATCH_SIZE = int(RECIPE["batch_size"])
+
+
+def settled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` of all flags, those that are a ``Follows`` replaced; --batch-size stays 0 where the data decides."""
+    given = {name: value for name, value in values.items() if not isinstance(value, Follows)}
+    found: dict[str, Any] = {}
+
+    def of(name: str, otherwise: Any) -> Any:
+        found[name] = given.get(name, otherwise)
+        return found[name]
+
+    advanced = of("model", RECIPE["model"]) == "mf_advanced"
+    bias = not of("no_bias", False) and advanced
+    sigmoid = not of("no_sigmoid", advanced and given.get("sigmoid_range") is None) and advanced
+    kind = of("optimizer", RECIPE["optimizer"])
+    dim = of("emb_dim", MEMBER_FACTORS * given.get("members", 0) or RECIPE["emb_dim"])
+    of("members", members_of(dim) if bias and not sigmoid else 0)
+    of("cold", "known-side" if bias else "own")
+    mean = of("reduction", "sum" if kind == "sgd" else "mean") == "mean"
+    size = of("batch_size", BATCH_SIZE if mean else 0)
+    of("lr", RATES.get(kind) or RECIPE["lr"] * ((size or BATCH_SIZE) / 2 if mean else 1))
+    of("init_std", 0.0 if of("no_init", False) else RECIPE["init_std"])
+    decay = of("weight_decay", RECIPE["weight_decay"])
+    of("implicit", RECIPE["implicit"] if bias and kind == "sgd" and not decay else 0.0)
+    of("row_l2", tuple(RECIPE["row_l2"]) if bias else GENTLE_ROW_L2)
+    return {**given, **found}
+
+
+def members_of(dim: int) -> int:
+    """Members of about sixteen factors: the most that divide ``dim``; 0 where it has no room for a member's biases."""
+    if dim < 3:
+        return 0
+    return next(count for count in range(max(1, dim // MEMBER_FACTORS), 0, -1) if dim % count == 0)
