@@ -16,6 +16,7 @@ JOBS = {
     "baseline": "Surprise's SVD on the same split, to compare with",
     "evaluate": "one table of several runs on their validation rows",
     "recommend": "the best items of users",
+    "predict": "the ratings predicted for files of pairs",
     "plan": "what a training will take, before it is submitted",
     "checkpoint": "list, verify and prune the checkpoints of a run",
     "synthesize": "make synthetic ratings with a known answer",

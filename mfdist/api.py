@@ -21,11 +21,12 @@ from mfdist.data.dataset import Dataset
 from mfdist.data.id_text import id_texts
 from mfdist.errors import UsageError
 from mfdist.results.export import ExportedModel
-from mfdist.results.recommended import refuse_unknown, table_of
+from mfdist.results.recommended import ids_of_rows, refuse_unknown, table_of
 from mfdist.results.trained_on import check_dataset, dataset_of_run
 
 if TYPE_CHECKING:
     from mfdist.prepare.prepare import prepare_frame
+    from mfdist.results.fold_in import FoldIn
     from mfdist.results.top_items import TopItems
 
 __all__ = ["Model", "load", "prepare_frame"]
@@ -99,6 +100,85 @@ class Model:
             return table_of(self.exported, pa.array(names, pa.string()), items, ratings)
         return self._recommend_unseen(self._dataset(data), names, rows, k)
 
+    def fold_in(
+        self, item_ids: Iterable[Any], ratings: Iterable[float], *, user_id: Any = None, data: str | None = None
+    ) -> FoldedUser:
+        """A user from their ratings, solved exactly (see ``results.fold_in``): predictions and recommendations.
+
+        Items unknown to training are left out. ``user_id``: a known user who has rated more since; the training
+        ratings are read from the run's dataset (``data`` where that has moved) and count as well, a new rating of the
+        same item in the place of the old one.
+        """
+        names, given = id_texts(item_ids), np.asarray(list(ratings), np.float64)
+        if len(names) != len(given):
+            raise UsageError(f"fold_in needs as many items as ratings, got {len(names)} and {len(given)}.")
+        if not np.isfinite(given).all():
+            raise UsageError("fold_in needs ratings that are finite numbers.")
+        rows = self.exported.rows_of("items", names)
+        items, given = rows[rows >= 0], given[rows >= 0]
+        if user_id is not None:
+            old_items, old = self._training_ratings(user_id, data)
+            kept = ~np.isin(old_items, items)
+            items, given = np.concatenate([old_items[kept], items]), np.concatenate([old[kept], given])
+        folded = self._fold_in.solve(items, given)
+        return FoldedUser(self, folded.factors, folded.bias, items)
+
+    def similar_items(self, item_ids: Iterable[Any], k: int = 10, *, measure: str = "cosine") -> pa.Table:
+        """The k items most like each: a table of item_id, similar_id, rank (from 1) and score, without itself.
+
+        ``measure``: 'cosine', or 'inner' for the inner product of the factors. Equal scores by row. Biases play no
+        part. UsageError for an id that training did not know.
+        """
+        return self._similar("items", item_ids, k, measure)
+
+    def similar_users(self, user_ids: Iterable[Any], k: int = 10, *, measure: str = "cosine") -> pa.Table:
+        """The k users most like each: a table of user_id, similar_id, rank and score; see :meth:`similar_items`."""
+        return self._similar("users", user_ids, k, measure)
+
+    def _similar(self, side: str, ids: Iterable[Any], k: int, measure: str) -> pa.Table:
+        from mfdist.results.similar import similar_rows
+
+        if k < 1:
+            raise UsageError(f"similar_{side} needs k of at least 1, got {k}.")
+        names = id_texts(ids)
+        rows = self.exported.rows_of(side, names)
+        unknown = [name for name, row in zip(names, rows.tolist(), strict=True) if row < 0]
+        if unknown:
+            raise UsageError(f"{len(unknown)} of the {side} were not known to training (the first: '{unknown[0]}').")
+        found, scores = similar_rows(self.exported, side, rows, k, measure)
+        kept = np.flatnonzero(found.ravel() >= 0)
+        return pa.table({
+            f"{side[:-1]}_id": pa.array(names, pa.string()).take(pa.array(kept // k)),
+            "similar_id": ids_of_rows(self.exported, side, found.ravel()[kept]),
+            "rank": (kept % k + 1).astype(np.int32), "score": scores.ravel()[kept],
+        })  # fmt: skip
+
+    @cached_property
+    def _fold_in(self) -> FoldIn:
+        from mfdist.results.fold_in import FoldIn
+
+        return FoldIn(self.exported)
+
+    def _training_ratings(
+        self, user_id: Any, data: str | None
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """Item rows and ratings of a known user's training rows."""
+        from mfdist.data.scan import scan
+
+        (name,) = id_texts([user_id])
+        row = int(self.exported.rows_of("users", [name])[0])
+        if row < 0:
+            raise UsageError(f"user '{name}' was not known to training; fold in all their ratings without user_id.")
+        items, ratings = [np.empty(0, np.int64)], [np.empty(0)]
+        dataset = self._dataset(data)
+        for number, lane in enumerate(dataset.manifest.lanes):
+            if any(first <= row < end for first, end in lane.user_ranges):
+                for _, user, item, rating, _ in scan(dataset, "train", range(number, number + 1)):
+                    mine = np.flatnonzero(user == row)
+                    items.append(item[mine].astype(np.int64))
+                    ratings.append(rating[mine].astype(np.float64))
+        return np.concatenate(items), np.concatenate(ratings)
+
     @cached_property
     def _top(self) -> TopItems:
         from mfdist.results.top_items import TopItems
@@ -122,6 +202,41 @@ class Model:
             found, score = self._top.of(unique, k, seen)
             items[places], ratings[places] = found[back], score[back]
         return table_of(self.exported, pa.array(names, pa.string()), items, ratings)
+
+
+class FoldedUser:
+    """A user that :meth:`Model.fold_in` solved: ``factors`` (dim,) and ``bias``, as the export has them."""
+
+    def __init__(
+        self, model: Model, factors: npt.NDArray[np.float64], bias: float, rated: npt.NDArray[np.int64]
+    ) -> None:
+        self._model, self.factors, self.bias, self._rated = model, factors, bias, rated
+
+    def predict(self, item_ids: Iterable[Any]) -> npt.NDArray[np.float64]:
+        """Predicted ratings of items, not clipped: float64 (items,); of an unknown item by the user's bias."""
+        exported = self._model.exported
+        rows = exported.rows_of("items", id_texts(item_ids))
+        known = rows >= 0
+        score = np.full(len(rows), exported.offset + self.bias)
+        score[known] += exported.item_embedding[rows[known]].astype(np.float64) @ self.factors
+        if exported.item_bias is not None:
+            score[known] += exported.item_bias[rows[known]]
+        rating = exported.rating_of_score(score)
+        if not exported.has_biases:
+            rating[~known] = exported.config["global_mean"]
+        return rating
+
+    def recommend(self, k: int = 10, *, exclude_rated: bool = True) -> pa.Table:
+        """The k best items: a table of item_id, rank (from 1) and score; without the rated ones."""
+        from mfdist.results.item_lists import ItemLists
+
+        if k < 1:
+            raise UsageError(f"recommend needs k of at least 1, got {k}.")
+        rated = np.unique(self._rated)
+        hidden = ItemLists(np.array([0, len(rated)]), rated) if exclude_rated else None
+        factors = self.factors[None].astype(np.float32)
+        items, ratings = self._model._top.of_factors(factors, np.array([self.bias]), k, hidden)
+        return table_of(self._model.exported, pa.array([""]), items, ratings).drop_columns(["user_id"])
 
 
 def _by_lane(dataset: Dataset, rows: npt.NDArray[np.int64]) -> list[tuple[int | None, npt.NDArray[np.int64]]]:

@@ -36,6 +36,10 @@ class Layout:
     num_fields: int = 0
 
     @property
+    def has_rating(self) -> bool:
+        return self.columns[2] not in (-1, "")
+
+    @property
     def has_time(self) -> bool:
         return self.columns[3] not in (-1, "")
 
@@ -52,10 +56,23 @@ def parse_columns(text: str) -> tuple[str, ...]:
     return parts
 
 
-def recognise(source: Source, columns: tuple[str, ...] | None) -> Layout:
-    """The layout of a source; DataError where it is not recognised or a named column is missing."""
+def parse_pair_columns(text: str) -> tuple[str, ...]:
+    """'user,item[,stars]' or '0,1[,2]' (positions count from 0)."""
+    parts = tuple(part.strip() for part in text.split(","))
+    if len(parts) not in (2, 3) or not all(parts) or len(set(parts)) != len(parts):
+        raise ValueError("expected two or three different columns: user,item[,rating]")
+    return parts
+
+
+def recognise(source: Source, columns: tuple[str, ...] | None, *, pairs: bool = False) -> Layout:
+    """The layout of a source; DataError where it is not recognised or a named column is missing.
+
+    ``pairs``: ratings may be absent, and are where ``columns`` names two.
+    """
+    if pairs:
+        columns = None if columns is None else (*columns, "")[:3]
     if source.packing == "parquet":
-        return _parquet_layout(source, columns)
+        return _parquet_layout(source, columns, pairs)
     with Text(source) as text:
         head = b""
         while len(head) < 1 << 16 and (more := text.read(1 << 16)):
@@ -67,19 +84,19 @@ def recognise(source: Source, columns: tuple[str, ...] | None) -> Layout:
     lines = [line for line in lines[: max(1, len(lines) - 1)] if line][:1000]
     first = lines[0].lstrip() if lines else ""
     if first.startswith("{"):
-        return _json_layout(source, lines, columns)
+        return _json_layout(source, lines, columns, pairs)
     if first.startswith("["):
         raise DataError(f"{source.shown} is one JSON array; write one JSON object a line (jq -c '.[]').")
-    return _delimited_layout(source, lines, columns)
+    return _delimited_layout(source, lines, columns, pairs)
 
 
-def _parquet_layout(source: Source, columns: tuple[str, ...] | None) -> Layout:
+def _parquet_layout(source: Source, columns: tuple[str, ...] | None, pairs: bool) -> Layout:
     try:
         fs, inner = storage.arrow_filesystem(source.path)
         names = pq.read_schema(inner, filesystem=fs).names
     except (OSError, ValueError) as error:
         raise DataError(f"{source.shown} is a damaged Parquet file: {error}.") from None
-    chosen = _by_name(names, columns, source)
+    chosen = _by_name(names, columns, source, pairs)
     return Layout("parquet", "Parquet columns " + ", ".join(c for c in chosen if c), chosen)
 
 
@@ -88,18 +105,18 @@ def frame_layout(names: list[str], columns: tuple[str, ...] | None) -> Layout:
     return Layout("parquet", "data frame", _by_name(names, columns, Source("the data frame", 0, "parquet")))
 
 
-def _by_name(names: list[str], columns: tuple[str, ...] | None, source: Source) -> tuple[str, ...]:
-    if columns and all(c.isdigit() and c not in names for c in columns):
-        if max(map(int, columns)) >= len(names):
+def _by_name(names: list[str], columns: tuple[str, ...] | None, source: Source, pairs: bool = False) -> tuple[str, ...]:
+    if columns and all(c.isdigit() and c not in names for c in columns if c):
+        if max(int(c) for c in columns if c) >= len(names):
             raise UsageError(f"--columns: {source.shown} has {len(names)} columns, counted from 0.")
-        columns = tuple(names[int(c)] for c in columns)
+        columns = tuple(names[int(c)] if c else "" for c in columns)
     if columns:
-        missing = [c for c in columns if c not in names]
+        missing = [c for c in columns if c and c not in names]
         if missing:
             raise DataError(f"{source.shown} has no column '{missing[0]}'; it has {', '.join(names[:12])}.")
         return (*columns, "")[:4]
     found = tuple(_known(role, names) for role in ROLES)
-    lacking = [role for role, name in zip(ROLES[:3], found, strict=False) if not name]
+    lacking = [role for role, name in zip(ROLES[: 2 if pairs else 3], found, strict=False) if not name]
     if lacking:
         raise DataError(f"{source.shown}: no column is known as {lacking[0]} among {', '.join(names[:12])}; name "
                         "them with --columns user,item,rating[,timestamp].")  # fmt: skip
@@ -115,7 +132,7 @@ def _known(role: str, names: list[str]) -> str:
     return next((plain[_plain(known)] for known in NAMES[role] if _plain(known) in plain), "")
 
 
-def _json_layout(source: Source, lines: list[str], columns: tuple[str, ...] | None) -> Layout:
+def _json_layout(source: Source, lines: list[str], columns: tuple[str, ...] | None, pairs: bool) -> Layout:
     names: dict[str, None] = {}
     for line in lines:
         try:
@@ -124,9 +141,9 @@ def _json_layout(source: Source, lines: list[str], columns: tuple[str, ...] | No
             continue
         if isinstance(record, dict):
             names.update(dict.fromkeys(record))
-    chosen = (*columns, "")[:4] if columns else _by_name(list(names), None, source)
+    chosen = (*columns, "")[:4] if columns else _by_name(list(names), None, source, pairs)
     if columns and not set(columns) & set(names):
-        _by_name(list(names), columns, source)
+        _by_name(list(names), columns, source, pairs)
     known = {"reviewerID": "Amazon 2014 and 2018 reviews", "parent_asin": "Amazon 2023 reviews"}
     name = next((text for key, text in known.items() if key in chosen), "keys " + ", ".join(c for c in chosen if c))
     return Layout("json", f"JSON lines, {name}", chosen)
@@ -141,12 +158,12 @@ def _fields(line: str, separator: str) -> list[str]:
         return line.split(separator)
 
 
-def _separator(lines: list[str]) -> str:
-    """The separator that cuts most of the lines into the same number (three or more) of fields."""
+def _separator(lines: list[str], least: int = 3) -> str:
+    """The separator that cuts most of the lines into the same number (``least`` or more) of fields."""
 
     def agreement(separator: str) -> int:
         widths = [len(_fields(line, separator)) for line in lines]
-        return max((widths.count(w) for w in set(widths) if w >= 3), default=0)
+        return max((widths.count(w) for w in set(widths) if w >= least), default=0)
 
     return max(SEPARATORS, key=agreement)  # the first of equals: '::' before ','
 
@@ -159,18 +176,20 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _delimited_layout(source: Source, lines: list[str], columns: tuple[str, ...] | None) -> Layout:
-    separator = _separator(lines)
+def _delimited_layout(source: Source, lines: list[str], columns: tuple[str, ...] | None, pairs: bool) -> Layout:
+    separator = _separator(lines, 2 if pairs else 3)
     rows = [_fields(line, separator) for line in lines]
     names = [name.strip() for name in rows[0]]
     header = (
-        set(columns) <= set(names) if columns and not all(c.isdigit() for c in columns)
-        else bool(_known("rating", names)) and not any(_is_number(name) for name in names)
+        set(columns) - {""} <= set(names) if columns and not all(c.isdigit() for c in columns if c)
+        else bool(_known("item_id" if pairs else "rating", names)) and not any(_is_number(name) for name in names)
     )  # fmt: skip
     widths = [len(row) for row in (rows[1:] if header and len(rows) > 1 else rows)]
     width = len(names) if header else max(sorted(set(widths)), key=widths.count)
     if columns or header:
-        chosen, name = _chosen(source, names, header, columns, width)
+        chosen, name = _chosen(source, names, header, columns, width, pairs)
+    elif pairs and width == 2:
+        chosen, name = (0, 1, -1, -1), "no header: user, item"
     else:
         chosen, name = _headerless(source, [row for row in rows if len(row) == width], separator)
     kind = {",": "CSV", "\t": "TSV"}.get(separator, f"text separated by '{separator}'")
@@ -178,10 +197,10 @@ def _delimited_layout(source: Source, lines: list[str], columns: tuple[str, ...]
 
 
 def _chosen(
-    source: Source, names: list[str], header: bool, columns: tuple[str, ...] | None, width: int
+    source: Source, names: list[str], header: bool, columns: tuple[str, ...] | None, width: int, pairs: bool
 ) -> tuple[tuple[int, ...], str]:
-    if columns and all(c.isdigit() for c in columns):
-        places = tuple(int(c) for c in columns)
+    if columns and all(c.isdigit() for c in columns if c):
+        places = tuple(int(c) if c else -1 for c in columns)
         if max(places) >= width:
             raise DataError(f"{source.shown} has {width} columns (positions count from 0); --columns asks for "
                             f"{max(places)}.")  # fmt: skip
@@ -192,7 +211,7 @@ def _chosen(
                             f"is {','.join(names)[:200]!r}. Give positions such as --columns 0,1,2,3.")  # fmt: skip
         places = tuple((columns or ()).index(role) for role in ROLES if role in (columns or ()))
     else:
-        named = _by_name(names, columns, source)
+        named = _by_name(names, columns, source, pairs)
         places = tuple(names.index(name) if name else -1 for name in named)
     head = "header " + ", ".join(names[:8]) if header else "no header"
     return (*places, -1)[:4], f"{head}; user, item, rating, time in columns {', '.join(map(str, places))} (from 0)"

@@ -65,12 +65,12 @@ def _json_row(  # noqa: PLR0911
         return NOT_JSON
     if not isinstance(record, dict):
         return NOT_JSON
-    if any(record.get(key) is None for key in keys[: 4 if with_time else 3]):
+    if any(record.get(key) is None for key in keys[: 4 if with_time else 3] if key):
         return MISSING
     user, item = (_json_id(record[key]) for key in keys[:2])
     if not user or not item:
         return REASONS[delimited_text.ITEM if user else delimited_text.USER]
-    rating = parse_number(_number_text(record[keys[2]]))
+    rating = parse_number(_number_text(record[keys[2]])) if keys[2] else 0.0
     if isinstance(rating, str):
         return rating
     when = parse_time(_number_text(record[keys[3]])) if with_time else 0

@@ -100,6 +100,9 @@ def _parse_delimited(content: bytes, packed: int, header: bool, layout: Layout, 
         status, extra,
     )  # fmt: skip
     both = np.concatenate([view, extra[:used]]) if used else view
+    if not layout.has_rating:
+        rating[:n] = 0
+        status[:n][status[:n] == delimited_text.RATING] = delimited_text.OK
     start, length, status, rating, time = start[:, :n], length[:, :n], status[:n], rating[:n], time[:n]
     reasons: dict[int, str] = {}
     for i in np.flatnonzero((status == delimited_text.RATING) | (status == delimited_text.TIME)):

@@ -59,7 +59,9 @@ def parse_table(table: pa.Table, packed: int, layout: Layout, rules: Rules) -> B
     length = np.stack([spans[0][2], spans[1][2]])
     delimited_text.check_ids(both, start[0], length[0], status, delimited_text.USER)
     delimited_text.check_ids(both, start[1], length[1], status, delimited_text.ITEM)
-    rating, bad_rating = _numbers(table.column(names[2]), pa.float64(), parse_number)
+    rating, bad_rating = np.zeros(n), np.zeros(n, np.bool_)
+    if layout.has_rating:
+        rating, bad_rating = _numbers(table.column(names[2]), pa.float64(), parse_number)
     time, bad_time = np.zeros(n, np.int64), np.zeros(n, np.bool_)
     if rules.with_time:
         time, bad_time = _numbers(_seconds(table.column(names[3])), pa.int64(), parse_time)

@@ -2,6 +2,7 @@
 
     OUT.parts/request.json        what is being made; parts of another request are removed
     OUT.parts/part-00007.parquet  a finished part (.csv: its lines, without the header)
+    OUT.parts/note-00007.json     what a job wants to know of it later
     OUT                           the parts in the order of their numbers; then OUT.parts goes
 
 Parts are the same on any number of ranks, so their sequence is, too. OUT is a file by its ending, .parquet or .csv, or,
@@ -28,6 +29,7 @@ from mfdist.run.stopping import StopWatch
 
 Write = Callable[[pa.Table], Any]
 _PART = re.compile(r"part-(\d+)\.(?:parquet|csv)")
+_NOTE = re.compile(r"note-\d+\.json")
 _PLAIN, _QUOTED = (pacsv.WriteOptions(include_header=False, quoting_style=style) for style in ("none", "needed"))
 
 
@@ -79,6 +81,10 @@ class Parts:
             raise StopRequested(f"{reason}; what is finished is kept beside {storage.redact(self.out)}, run the same "
                                 "command again to go on.")  # fmt: skip
 
+    def note_of(self, number: int) -> str:
+        """The path of what a part says beside its rows; written before the part ends, so there when that is."""
+        return storage.join(self._folder, f"note-{number:05d}.json")
+
     def join(self, count: int) -> None:
         """Make ``out`` of parts 0 to ``count``, and remove what they were kept in. Collective."""
         self._world.barrier()
@@ -99,7 +105,7 @@ class Parts:
             names = ["request.json"]
         parts = [name for name in names if _PART.fullmatch(name)]
         for name in names:
-            if name != "request.json" and name not in parts:  # a part that was cut off
+            if name != "request.json" and name not in parts and not _NOTE.fullmatch(name):  # a part that was cut off
                 storage.remove(storage.join(self._folder, name))
         return [int(match[1]) for name in parts if (match := _PART.fullmatch(name))]
 

@@ -98,7 +98,9 @@ def export_model(session: Session) -> None:
     about = {
         "model": form.model, "dim": form.dim, "bias": form.bias, "sigmoid": form.sigmoid_range is not None,
         "sigmoid_range": list(form.sigmoid_range) if form.sigmoid_range else None, "cold": session.config.cold,
-        "members": form.members,
+        "members": form.members, "implicit": form.implicit, "train_rmse": session.progress.epochs[-1]["train_rmse"],
+        "penalty": {"l2": list(session.config.l2), "row_l2": session.config.row_l2 and list(session.config.row_l2)}
+        if session.objective.penalised else None,
     }  # fmt: skip
     if world.is_main:
         export.write_model(session.run, shapes, about, session.dataset)

@@ -1,0 +1,14 @@
+#!/usr/bin/env python
+"""Score files of pairs: the same pairs with predictions beside, as Parquet or CSV.
+
+The program is :mod:`mfdist.jobs.predict`.
+"""
+
+import sys
+
+from mfdist.jobs.predict import job, main
+
+__all__ = ["main"]
+
+if __name__ == "__main__":
+    sys.exit(job())

@@ -1,0 +1,43 @@
+"""Score files of pairs: the same pairs with prediction, known_user and known_item beside, as Parquet or CSV.
+
+python jobs/predict.py pairs.csv --run-dir runs/advanced --out predicted.parquet
+python jobs/predict.py pairs/ --run-dir runs/advanced --columns user,item --out predicted.csv
+python -m mfdist.launch --nproc_per_node=4 jobs/predict.py held_out.parquet --run-dir runs/advanced --out scored.parquet
+
+Where ratings stand beside the pairs, RMSE and MAE are printed. A signal ends it with 75; finished parts are kept beside
+the output, and the same command goes on with the others.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from mfdist import storage
+from mfdist.cluster.world import World
+from mfdist.config import parse_config
+from mfdist.errors import exit_code_of
+from mfdist.log import Console
+from mfdist.results.predict import PredictConfig, predict
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(PredictConfig, argv, __doc__ or "")
+    with World.open("cpu") as world:
+        console = Console(world.is_main)
+        found = predict(config, world, console)
+        errors = "" if found.rmse is None else f"; RMSE {found.rmse:.4f}, MAE {found.mae:.4f} (not clipped)"
+        unknown = f"{found.unknown_user:,} of unknown users, {found.unknown_item:,} of unknown items"
+        console.info(f"{storage.redact(config.out)}: {found.rows:,} predictions, {unknown}{errors}")
+    return 0
+
+
+def job() -> int:
+    """The program: the exit code of ``main`` (see ``mfdist.errors``)."""
+    return exit_code_of(record(main))
+
+
+if __name__ == "__main__":
+    sys.exit(job())

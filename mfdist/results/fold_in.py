@@ -1,0 +1,151 @@
+"""The factors of a user whom training did not know, or who has rated more since, from ratings of known items.
+
+With the items' side fixed a user's row w minimises what training minimises over the user's own n ratings
+
+    sum over ratings of (r - prediction)^2 + sum over columns of (n A + L) w^2        (A, L: see ``model.objective``)
+
+which is a ridge regression, solved exactly; member by member where a model has members, each with its bias and scale
+inside. What the user rated counts as in training (``implicit``), a rating's own item left out of it. Through a sigmoid
+the same is minimised by Gauss-Newton steps, halved where they would not lower it.
+
+Where training had no such penalty (AdamW's decay is none) the prior is that of the trained users: their mean and
+variance in each column, against the mean square of the training errors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mfdist.results.export import ExportedModel
+
+SAMPLED_USERS = 100_000
+STEPS, HALVINGS = 20, 8
+SMALL = 1e-9
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+class Folded(NamedTuple):
+    """A user as the export has them: factors (dim,) and bias."""
+
+    factors: Floats
+    bias: float
+
+
+class FoldIn:
+    """Solves users of one model."""
+
+    def __init__(self, model: ExportedModel) -> None:
+        config = model.config
+        self._model, self._members = model, int(config.get("members", 0))
+        self._implicit = float(config.get("implicit", 0.0))
+        self._penalty = config.get("penalty")
+        self._part = config["dim"] // max(self._members, 1)
+        self._mean, self._pull = np.zeros(self._width), np.zeros(self._width)
+        if self._penalty is None:
+            self._mean, self._pull = self._prior(float(config.get("train_rmse") or 1.0) ** 2)
+
+    @property
+    def _width(self) -> int:
+        """Columns that are solved together: of a member, or the factors and the bias behind them."""
+        return int(self._part) + (not self._members and self._model.has_biases)
+
+    def solve(self, items: Ints, ratings: Floats) -> Folded:
+        """The user with these ratings (n,) of items' rows (n,), none of them -1; there may be none."""
+        model, groups = self._model, max(self._members, 1)
+        scale = np.sqrt(groups)
+        rows = np.asarray(model.item_embedding[items], np.float64).reshape(len(items), groups, self._part) * scale
+        bags = self._bags(rows)
+        factors, biases = np.empty((groups, self._part)), np.zeros(groups)
+        for group in range(groups):
+            found = self._solve_group(rows[:, group], bags[group], items, ratings)
+            factors[group] = found[: self._part] + bags[group]
+            if self._members:
+                biases[group] = found[1]
+            elif model.has_biases:
+                biases[group] = found[self._part]
+        return Folded(factors.ravel() / scale, float(biases.mean()))
+
+    def _bags(self, rows: Floats) -> Floats:
+        """What the rated items add to the factors of each group: (groups, part)."""
+        total = rows.sum(axis=0) * self._implicit / np.sqrt(max(len(rows), 1))
+        if self._members:
+            total[:, :2] = 0  # biases and scales
+        return np.asarray(total)
+
+    def _solve_group(self, rows: Floats, bag: Floats, items: Ints, ratings: Floats) -> Floats:
+        model, count = self._model, len(rows)
+        features, fixed = rows, np.full(count, model.offset)
+        if self._members:
+            features = rows.copy()
+            features[:, 1] += 1
+            fixed = fixed + rows[:, 0]
+        elif model.item_bias is not None:
+            features = np.concatenate([rows, np.ones((count, 1))], axis=1)
+            fixed = fixed + model.item_bias[items]
+        if self._implicit:
+            own = np.square(rows[:, 2:] if self._members else rows).sum(axis=1)
+            fixed = fixed + rows @ bag - self._implicit / np.sqrt(max(count, 1)) * own
+        pull = self._pulls(count)
+        if not model.config["sigmoid"]:
+            gram = features.T @ features + np.diag(pull + SMALL)
+            return np.linalg.solve(gram, features.T @ (ratings - fixed) + pull * self._mean)
+        return self._through_sigmoid(features, fixed, ratings, pull)
+
+    def _pulls(self, count: int) -> Floats:
+        """n A + L of each column."""
+        if self._penalty is None:
+            return self._pull
+        factors, biases = self._penalty["l2"]
+        rows = self._penalty["row_l2"] or (0.0,) * 6
+        pulls = np.full(self._width, count * factors + rows[0])
+        if self._members:
+            pulls[1], pulls[0] = count * biases + rows[2], count * biases + rows[4]
+        elif self._model.has_biases:
+            pulls[-1] = count * biases + rows[2]
+        return pulls
+
+    def _through_sigmoid(self, features: Floats, fixed: Floats, ratings: Floats, pull: Floats) -> Floats:
+        low, high = self._model.config["sigmoid_range"]
+
+        def fit(row: Floats) -> tuple[Floats, Floats, float]:
+            prediction = self._model.rating_of_score(features @ row + fixed)
+            error = ratings - prediction
+            return prediction, error, float(error @ error + pull @ np.square(row - self._mean))
+
+        row = self._mean.copy()
+        prediction, error, loss = fit(row)
+        for _ in range(STEPS):
+            slope = (prediction - low) * (high - prediction) / (high - low)
+            steep = features * slope[:, None]
+            gram = steep.T @ steep + np.diag(pull + SMALL)
+            step = np.linalg.solve(gram, steep.T @ error - pull * (row - self._mean))
+            for _ in range(HALVINGS):
+                following = fit(row + step)
+                if following[2] <= loss:
+                    break
+                step = step / 2
+            else:
+                return row
+            row = row + step
+            done = loss - following[2] <= 1e-10 * loss
+            prediction, error, loss = following
+            if done:
+                break
+        return row
+
+    def _prior(self, noise: float) -> tuple[Floats, Floats]:
+        """Mean of the trained users' columns, and noise / variance."""
+        model = self._model
+        step = max(1, model.num_users // SAMPLED_USERS)
+        rows = np.asarray(model.user_embedding[::step], np.float64)
+        if model.user_bias is not None:
+            rows = np.concatenate([rows, np.asarray(model.user_bias[::step], np.float64)[:, None]], axis=1)
+        rows = rows[np.abs(rows).sum(axis=1) > 0] if len(rows) else rows
+        if not len(rows):
+            return self._mean, np.full(self._width, noise)
+        return rows.mean(axis=0), noise / np.maximum(rows.var(axis=0), 1e-6)
