@@ -1,0 +1,14 @@
+#!/usr/bin/env python
+"""Write a model's vectors for faiss, hnswlib, Parquet or safetensors.
+
+The program is :mod:`mfdist.jobs.export`.
+"""
+
+import sys
+
+from mfdist.jobs.export import job, main
+
+__all__ = ["main"]
+
+if __name__ == "__main__":
+    sys.exit(job())

@@ -1,0 +1,34 @@
+"""Write a model's vectors for other systems: an index for faiss or hnswlib, Parquet, or safetensors.
+
+python jobs/export.py --run-dir runs/advanced --format parquet --out vectors
+python jobs/export.py --run-dir runs/advanced --format faiss --out index
+
+The inner product of a user's and an item's vector orders the items as the model does: the bias of an item is one more
+dimension.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from mfdist import storage
+from mfdist.config import parse_config
+from mfdist.errors import exit_code_of
+from mfdist.results.vectors import ExportConfig, export_vectors
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(ExportConfig, argv, __doc__ or "")
+    files = export_vectors(config)
+    print(f"{storage.redact(config.out)}: {', '.join(files[:6])}{' ...' if len(files) > 6 else ''}")
+    return 0
+
+
+def job() -> int:
+    """The program: the exit code of ``main`` (see ``mfdist.errors``)."""
+    return exit_code_of(main)
+
+
+if __name__ == "__main__":
+    sys.exit(job())
