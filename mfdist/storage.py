@@ -7,9 +7,12 @@ file appears whole when it is closed. URLs are redacted before they reach a log 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import IO, Any
@@ -19,6 +22,9 @@ import pyarrow.fs as pafs
 from fsspec.core import url_to_fs
 
 from mfdist import errors
+
+SETTLE_SECONDS = 0.02
+"""How long :func:`create` waits on a store without conditional create, for others that write at the same time."""
 
 
 def is_local(path: str) -> bool:
@@ -178,6 +184,59 @@ def write_bytes(path: str, content: bytes) -> None:
         return
     with fsspec.open(path, "wb") as stream:
         stream.write(content)
+
+
+def create(path: str, content: str) -> bool:
+    """Make a whole file where there is none; False, and nothing changed, where there is one.
+
+    Of several processes that do so at once one gets True: by a hard link, or by the store's conditional create. A store
+    that has none takes the last writer; who needs to know looks afterwards.
+    """
+    if is_local(path):
+        return _create_local(local_path(path), content.encode())
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    if fs.exists(inner):
+        return False
+    try:
+        fs.pipe_file(inner, content.encode(), mode="create")
+    except FileExistsError:
+        return False
+    except (NotImplementedError, TypeError, ValueError):
+        write_text(path, content)
+        time.sleep(SETTLE_SECONDS)
+    return True
+
+
+def _create_local(local: str, content: bytes) -> bool:
+    os.makedirs(os.path.dirname(os.path.abspath(local)), exist_ok=True)
+    partial = f"{local}.{secrets.token_hex(8)}.tmp"
+    try:
+        with open(partial, "xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.link(partial, local)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        return _create_without_links(local, content)
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
+    return True
+
+
+def _create_without_links(local: str, content: bytes) -> bool:
+    """On a file system without hard links (FAT, some network mounts): O_EXCL, the content a moment later."""
+    try:
+        with open(local, "xb") as stream:
+            stream.write(content)
+    except FileExistsError:
+        return False
+    return True
 
 
 def write_text(path: str, content: str) -> None:

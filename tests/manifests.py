@@ -94,7 +94,7 @@ def lint_job(job: Manifest, manifests: list[Manifest]) -> list[str]:
     for container in containers(job):
         faults += lint_resources(container)
     if "mfdist.launch" in containers(job)[0]["command"]:
-        faults += lint_ranks(job) + lint_rendezvous(job, manifests)
+        faults += lint_ranks(job) + lint_rendezvous(job, manifests) + lint_network(job, manifests)
     return faults
 
 
@@ -171,6 +171,21 @@ def lint_rendezvous(job: Manifest, manifests: list[Manifest]) -> list[str]:
     if service.get("selector") != {"batch.kubernetes.io/job-name": name}:
         faults.append("the Service does not select the job's pods")
     return faults
+
+
+def lint_network(job: Manifest, manifests: list[Manifest]) -> list[str]:
+    """The ranks' ports have no password of their own: only the job's pods may reach them."""
+    own = {"podSelector": {"matchLabels": {"batch.kubernetes.io/job-name": job["metadata"]["name"]}}}
+    policies = [m["spec"] for m in manifests if m["kind"] == "NetworkPolicy"]
+    mine = [spec for spec in policies if spec["podSelector"] == own["podSelector"]]
+    if not mine:
+        return ["no NetworkPolicy selects the job's pods"]
+    if any("Ingress" not in spec.get("policyTypes", []) for spec in mine):
+        return ["the NetworkPolicy does not limit who reaches the job's pods"]
+    rules = [rule for spec in mine for rule in spec.get("ingress", [])]
+    if not any(rule.get("from") == [own] and "ports" not in rule for rule in rules):
+        return ["the NetworkPolicy does not let the job's own pods in"]
+    return ["the NetworkPolicy lets others in"] if any(rule.get("from") != [own] for rule in rules) else []
 
 
 def lint_safety(job: Manifest) -> list[str]:

@@ -206,3 +206,20 @@ def test_a_bad_configuration_fails_the_job_at_once(tmp_path: Path) -> None:
 
 def logs(folder: Path) -> str:
     return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in sorted(folder.glob("pod-*.log")))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m.update(kind="Other"), "no NetworkPolicy"),
+        (lambda m: m["spec"].update(podSelector={}), "no NetworkPolicy"),
+        (lambda m: m["spec"].update(policyTypes=["Egress"]), "does not limit"),
+        (lambda m: m["spec"].update(ingress=[]), "own pods in"),
+        (lambda m: m["spec"]["ingress"][0].update(ports=[{"port": 29400}]), "own pods in"),
+        (lambda m: m["spec"]["ingress"].append({}), "others in"),
+    ],
+)
+def test_lint_catches_a_network_that_is_open(change: Callable[[Manifest], Any], words: str) -> None:
+    manifests = copy.deepcopy(manifests_of("train"))
+    change(find(manifests, "NetworkPolicy", "mfdist-train"))
+    assert any(words in fault for fault in lint(manifests)), lint(manifests)

@@ -24,7 +24,7 @@ def no_scheduler(monkeypatch):
 
 def plant(run, **changes):
     """A lease as another process would have left it."""
-    other = {**lease.identity(), "token": "other", "beat": time.time(), **changes}
+    other = {**lease.identity(), "token": "other", "beat": 7, **changes}
     (run / "lease.json").write_text(json.dumps(other))
 
 
@@ -52,8 +52,13 @@ def test_a_dead_process_of_this_host_is_followed_at_once(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"started": "1"}, {"boot": "another"}, {"host": "gone", "beat": time.time() - 3600}],
-    ids=["the pid is another process now", "the host was started again", "an old heartbeat"],
+    [{"started": "1"}, {"boot": "another"}, {"token": "../../x"}, {"pid": "many"}],
+    ids=[
+        "the pid is another process now",
+        "the host was started again",
+        "a token that is a path",
+        "a pid that is none",
+    ],
 )
 def test_followed_at_once(tmp_path, changes):
     plant(tmp_path, **changes)
@@ -111,7 +116,7 @@ def test_a_directory_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch)
     def refuse(path, text):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(lease.storage, "write_text", refuse)
+    monkeypatch.setattr(lease.storage, "create", refuse)
     with pytest.raises(MfdistError, match=r"cannot be written .Read-only file system"):
         Lease(str(tmp_path), print).__enter__()
 
@@ -123,3 +128,66 @@ def test_a_lease_that_could_not_be_removed_does_not_hold_up_its_own_process(tmp_
     assert (tmp_path / "lease.json").exists()
     with Lease(str(tmp_path), print), pytest.raises(MfdistError, match=f"in use by process {os.getpid()}"):
         take(tmp_path)
+
+
+@pytest.mark.parametrize("clock", [3600.0, -3600.0])
+def test_clocks_are_not_compared(tmp_path, monkeypatch, clock):
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.4)
+    plant(tmp_path, host="elsewhere", time=time.time() + clock)
+    began = time.monotonic()
+    take(tmp_path)
+    assert 0.4 <= time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"{}", b"[" * 100_000])
+def test_junk_holds_nothing(tmp_path, content):
+    (tmp_path / "lease.json").write_bytes(content)
+    assert take(tmp_path)["pid"] == os.getpid()
+    assert os.listdir(tmp_path) == []
+
+
+RACER = """
+import os, sys, time
+from mfdist.errors import MfdistError
+from mfdist.run.lease import Lease
+folder, rounds = sys.argv[1], int(sys.argv[2])
+for number in range(rounds):
+    print("ready", flush=True)
+    sys.stdin.readline()
+    try:
+        held = Lease(f"{folder}/{number}", lambda text: None).__enter__()
+        print("held", flush=True)
+    except MfdistError as error:
+        print("refused" if "in use" in str(error) else error, flush=True)
+sys.stdin.readline()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["nobody", pytest.param("a dead holder", marks=pytest.mark.slow),
+     pytest.param("a dead follower of a dead holder", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_of_those_who_come_at_once_one_holds(tmp_path, before):
+    rounds = 200
+    for number in range(rounds if before != "nobody" else 0):
+        (tmp_path / str(number)).mkdir()
+        plant(tmp_path / str(number), started="1")
+        if "follower" in before:
+            other = {**lease.identity(), "token": "follower", "started": "1", "beat": 1}
+            (tmp_path / str(number) / "lease.json.after-other").write_text(json.dumps(other))
+    racers = [
+        subprocess.Popen([sys.executable, "-c", RACER, str(tmp_path), str(rounds)], text=True, bufsize=1,
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(3)
+    ]  # fmt: skip
+    for number in range(rounds):
+        assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 3
+        for racer in racers:
+            racer.stdin.write("go\n")
+        answers = sorted(racer.stdout.readline() for racer in racers)
+        assert answers == ["held\n", "refused\n", "refused\n"], number
+    for racer in racers:
+        racer.communicate(timeout=30)
+    assert {name for number in range(rounds) for name in os.listdir(tmp_path / str(number))} == {"lease.json"}

@@ -1,19 +1,23 @@
 """Who may write into a run directory: one job at a time, by a file with a heartbeat.
 
-``RUN/lease.json`` names the holder (host, pid and when that process began, scheduler job) and carries the time of its
-last heartbeat. A newcomer takes it over at once where the holder was on this host and its process is gone, or was of
-the same scheduler job. A holder on this host that lives refuses it. Else it waits, saying so: until the heartbeat is a
-minute old (then the holder is gone), or until a new one comes (then it lives).
+``RUN/lease.json`` names the holder (host, pid and when that process began, scheduler job) and counts its heartbeats. A
+newcomer takes it over at once where the holder was on this host and its process is gone, or was of the same scheduler
+job. A holder on this host that lives refuses it. Else it waits, saying so: until a heartbeat comes (then the holder
+lives), or until none has come for a minute by its own clock (then it is gone). No two clocks are compared.
 
-Times of two hosts are compared; clocks may differ by seconds, not by a minute. A holder that finds another's name in
-the file (it was cut off for more than a minute) stops before its next checkpoint.
+The file is made only where there is none (a hard link, or the store's conditional create). Who takes over from the
+token ``t`` first makes ``lease.json.after-t`` in the same way, so that of two newcomers one follows; where that one
+ends before it has the lease, its own claim is followed like a lease. A holder that finds another's name in the file
+(it was cut off for more than a minute) stops before its next checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -28,8 +32,8 @@ from mfdist.errors import MfdistError
 LEASE = "lease.json"
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
-SETTLE_SECONDS = 0.02
-"""After writing the file a newcomer looks again: of two that came together the last writer has it."""
+LOOK_SECONDS = 0.5
+"""Between two looks at a holder of whom nothing is known."""
 
 Holder = dict[str, Any]
 
@@ -51,6 +55,7 @@ class Lease:
         self._run, self._say = run, say
         self._path = storage.join(run, LEASE)
         self._me = identity()
+        self._beats = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -84,39 +89,74 @@ class Lease:
     # Inside ----------------------------------------------------------------------------------------
 
     def _obtain(self) -> None:
-        seen: Holder | None = None
-        while (holder := self._read()) and not self._is_mine(holder):
-            alive = is_alive(holder, self._me)
-            if alive is False:
-                break
-            if alive or (seen is not None and holder.get("beat") != seen.get("beat")):
-                raise MfdistError(
-                    f"{storage.redact(self._run)} is in use by process {holder.get('pid')} on {holder.get('host')}; "
-                    "stop that job, or choose another --run-dir."
-                )
-            left = STALE_SECONDS - (time.time() - float(holder.get("beat", 0)))
-            if left <= 0:
-                break
-            if seen is None:
-                self._say(
-                    f"{storage.redact(self._run)} was last held by process {holder.get('pid')} on "
-                    f"{holder.get('host')}, {STALE_SECONDS - left:.0f} s ago; waiting up to {left:.0f} s to see "
-                    "whether it lives"
-                )
-            seen = holder
-            time.sleep(min(1.0, left, BEAT_SECONDS / 4))
         try:
-            self._take()
+            while not self._attempt():
+                pass
         except OSError as error:
             raise MfdistError(
                 f"{storage.redact(self._run)} cannot be written ({error.strerror or type(error).__name__}); "
                 "choose another --run-dir."
             ) from None
 
-    def _take(self) -> None:
-        self._write()
-        time.sleep(SETTLE_SECONDS)
-        self.check()
+    def _attempt(self) -> bool:
+        """Whether the lease is ours now; False where another newcomer was faster, and all has to be looked at anew."""
+        holder, claims = self._read(), list[str]()
+        if holder is None:
+            return self._create(self._path)
+        last = holder
+        while True:
+            if not self._wait_until_gone(last, claims[-1] if claims else self._path):
+                break
+            claim = f"{self._path}.after-{last['token']}"
+            claims.append(claim)
+            if self._create(claim):
+                return self._follow(holder, claims)
+            follower = self._read(claim)
+            if follower is None:
+                break
+            last = follower
+        time.sleep(storage.SETTLE_SECONDS)
+        return False
+
+    def _follow(self, holder: Holder, claims: list[str]) -> bool:
+        """Take the place of a holder that is gone; only the one who made the last claim comes here."""
+        found = self._read()
+        mine = found is not None and found["token"] == holder["token"]
+        if mine:
+            self._write()
+        for claim in claims if mine else claims[-1:]:
+            storage.remove(claim)
+        return mine
+
+    def _wait_until_gone(self, holder: Holder, path: str) -> bool:
+        """True once ``holder`` is known to be gone, False where the file at ``path`` names another by then.
+
+        MfdistError where the holder lives.
+        """
+        alive = is_alive(holder, self._me)
+        began, said = time.monotonic(), False
+        while alive is None and time.monotonic() - began < STALE_SECONDS:
+            if not said:
+                self._say(
+                    f"{storage.redact(self._run)} was last held by process {holder.get('pid')} on "
+                    f"{holder.get('host')}; waiting up to {STALE_SECONDS:.0f} s to see whether it lives"
+                )
+                said = True
+            time.sleep(min(LOOK_SECONDS, STALE_SECONDS / 4))
+            found = self._read(path)
+            if found is None or found["token"] != holder["token"]:
+                return False
+            alive = True if found.get("beat") != holder.get("beat") else None
+        if alive:
+            raise MfdistError(
+                f"{storage.redact(self._run)} is in use by process {holder.get('pid')} on {holder.get('host')}; "
+                "stop that job, or choose another --run-dir."
+            )
+        return True
+
+    def _create(self, path: str) -> bool:
+        """Make ``path`` with our name in it; False where it is there already."""
+        return storage.create(path, self._text()) and (self._is_mine(self._read(path)))
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
@@ -124,19 +164,36 @@ class Lease:
                 if self._is_mine(self._read()):
                     self._write()
 
-    def _read(self) -> Holder | None:
-        """The holder; None where there is none, or its file is unreadable (it is written whole: somebody's junk)."""
+    def _read(self, path: str | None = None) -> Holder | None:
+        """The holder; None where there is none. Of an unreadable file (it is written whole: somebody's junk) one that
+        is gone, with a token of its own."""
         try:
-            found = json.loads(storage.read_text(self._path))
-        except (FileNotFoundError, ValueError):
+            content = storage.read_bytes(path or self._path)
+        except FileNotFoundError:
             return None
-        return found if isinstance(found, dict) else None
+        try:
+            found = json.loads(content)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or not _is_well_formed(found):
+            return {"token": hashlib.blake2b(content, digest_size=8).hexdigest(), "junk": True}
+        return found
 
     def _write(self) -> None:
-        storage.write_text(self._path, json.dumps({**self._me, "beat": time.time()}))
+        storage.write_text(self._path, self._text())
+
+    def _text(self) -> str:
+        self._beats += 1
+        return json.dumps({**self._me, "beat": self._beats, "time": time.time()})
 
     def _is_mine(self, holder: Holder | None) -> bool:
         return holder is not None and holder.get("token") == self._me["token"]
+
+
+def _is_well_formed(found: Holder) -> bool:
+    """Whether what stands in a lease can be one: strangers write there, too."""
+    token, pid = found.get("token"), found.get("pid", 0)
+    return isinstance(token, str) and re.fullmatch(r"[0-9A-Za-z]{1,64}", token) is not None and type(pid) is int
 
 
 def identity() -> Holder:
@@ -174,6 +231,8 @@ def is_alive(holder: Holder, me: Holder) -> bool | None:
 
     One of this very job counts as gone, unless its process is seen to live: the scheduler has started us in its place.
     """
+    if holder.get("junk"):
+        return False
     here = holder.get("host") == me["host"]
     if here and holder.get("boot") != me["boot"]:
         return False  # this host has been started again
