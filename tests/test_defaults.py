@@ -40,6 +40,14 @@ def test_each_flag_alone_trains(data: str, tmp_path: object, flags: list[str]) -
     assert report is not None and np.isfinite(report["final"]["val_rmse"])
 
 
+@pytest.mark.parametrize("flags", [["--reduction", "mean"], ["--optimizer", "rowwise_adagrad"]], ids=" ".join)
+def test_rates_stand_a_short_last_batch(data: str, tmp_path: object, flags: list[str]) -> None:
+    """600 ratings in batches of 500: in the last one the mean is over a hundred, at full rate."""
+    argv = ["--data", data, "--run-dir", str(tmp_path), *SMALL, "--epochs", "8", "--batch-size", "500", *flags]
+    report = train(parse_config(TrainConfig, argv, ""), World.alone(), QUIET)
+    assert report is not None and curve(report)[-1, 0] < curve(report)[0, 0]
+
+
 def test_no_flags_are_the_recipe() -> None:
     """But for the batch size, which the data decides where the recipe does not force it."""
     ours, recipe = TrainConfig(), TrainConfig.ready("recipe")

@@ -55,7 +55,7 @@ class TrainConfig:
         tuple(RECIPE["l2"]), "FACTORS,BIASES: penalty in the loss, per rating, on its own rows", parse=parse_pair
     )
     row_l2: tuple[float, ...] = flag(
-        Follows(",".join(f"{value:g}" for value in RECIPE["row_l2"]) + "; 1,1 for models without an offset"),
+        Follows(",".join(f"{value:g}" for value in RECIPE["row_l2"]) + "; 0,0 without biases"),
         "penalty of a row, shared out among its ratings: factors of users, of items [, biases of users, of items "
         "[, scales of users, of items]]; 0,0: none", parse=parse_row_l2
     )  # fmt: skip

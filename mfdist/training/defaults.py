@@ -4,12 +4,12 @@ The recipe (``configs/recipe.toml``) is a whole: members need a score without a 
 bags need sgd. Where a flag takes one of these away, what rested on it gives way, and the rest stays:
 
     --model mf, --no-bias   no members, no bags, --cold own (there is no known side), ratings measured from 0 (there is
-                            no offset), rows pulled gently: towards 0 is far from any rating there
+                            no offset), no penalty of a row
     a sigmoid               no members (--sigmoid-range, or no-sigmoid = false in a file)
     --emb-dim N             members of about sixteen factors: the most that divide N
     another --optimizer     no bags, the mean for the loss of a step, a rate of its own
     --weight-decay          no bags
-    --reduction mean        with sgd: the rate that makes the steps of the sum
+    --reduction mean        with sgd: the rate of a whole batch
     --no-init               normal(0, 1) as it says
 
 The rule is a function of what is given alone, so that a flag means the same beside any file.
@@ -24,10 +24,12 @@ from mfdist.config import Follows, read_ready
 
 RECIPE = read_ready("recipe")
 MEMBER_FACTORS = 16
-RATES = {"adamw": 0.003, "sparse_adam": 0.003, "rowwise_adagrad": 0.05}
+RATES = {"adamw": 0.005, "sparse_adam": 0.005, "rowwise_adagrad": 0.1}
 """--lr of the optimizers that scale their steps themselves."""
-GENTLE_ROW_L2 = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
-"""--row-l2 of a model that has no offset."""
+RATE_OF_MEAN = 0.2
+"""--lr of sgd where the loss of a step is the mean: small enough for a last batch of some tens of ratings."""
+NO_ROW_L2 = (0.0,) * 6
+"""--row-l2 of a model that has no offset: towards 0 is far from any rating there."""
 BATCH_SIZE = int(RECIPE["batch_size"])
 
 
@@ -41,19 +43,19 @@ def settled(values: Mapping[str, Any]) -> dict[str, Any]:
         return found[name]
 
     advanced = of("model", RECIPE["model"]) == "mf_advanced"
-    bias = not of("no_bias", False) and advanced
-    sigmoid = not of("no_sigmoid", advanced and given.get("sigmoid_range") is None) and advanced
+    without_bias, without_sigmoid = of("no_bias", False), of("no_sigmoid", advanced and not given.get("sigmoid_range"))
+    bias, sigmoid = advanced and not without_bias, advanced and not without_sigmoid
     kind = of("optimizer", RECIPE["optimizer"])
     dim = of("emb_dim", MEMBER_FACTORS * given.get("members", 0) or RECIPE["emb_dim"])
     of("members", members_of(dim) if bias and not sigmoid else 0)
     of("cold", "known-side" if bias else "own")
     mean = of("reduction", "sum" if kind == "sgd" else "mean") == "mean"
-    size = of("batch_size", BATCH_SIZE if mean else 0)
-    of("lr", RATES.get(kind) or RECIPE["lr"] * ((size or BATCH_SIZE) / 2 if mean else 1))
+    of("batch_size", BATCH_SIZE if mean else 0)
+    of("lr", RATES.get(kind) or (RATE_OF_MEAN if mean else RECIPE["lr"]))
     of("init_std", 0.0 if of("no_init", False) else RECIPE["init_std"])
     decay = of("weight_decay", RECIPE["weight_decay"])
     of("implicit", RECIPE["implicit"] if bias and kind == "sgd" and not decay else 0.0)
-    of("row_l2", tuple(RECIPE["row_l2"]) if bias else GENTLE_ROW_L2)
+    of("row_l2", tuple(RECIPE["row_l2"]) if bias else NO_ROW_L2)
     return {**given, **found}
 
 

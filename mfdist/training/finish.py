@@ -63,8 +63,9 @@ def finish(session: Session) -> dict[str, Any]:
     final = found["final"]
     if final["val_rmse"] is not None:
         session.console.info(
-            f"result (epoch {chosen + 1}, {how}): RMSE {final['val_rmse']:.4f}, MAE {final['val_mae']:.4f} on "
-            f"{found['dataset']['num_ratings']['val']:,} validation ratings; "
+            f"result (epoch {chosen + 1}, {how}): RMSE {final['val_rmse_clipped']:.4f}, MAE "
+            f"{final['val_mae_clipped']:.4f}, clipped to the scale (raw {final['val_rmse']:.4f}, "
+            f"{final['val_mae']:.4f}), on {found['dataset']['num_ratings']['val']:,} validation ratings; "
             f"report: {storage.redact(session.run)}/report.html"
         )
     world.barrier()

@@ -380,7 +380,8 @@ def _finish_epoch(session: Session, epoch: int, due: bool) -> None:
     }
     line = f"epoch {epoch + 1}/{config.epochs} | train rmse {record['train_rmse']:.4f}"
     if record["val_rmse"] is not None:
-        line += f" | val rmse {record['val_rmse']:.4f} mae {record['val_mae']:.4f}"
+        clipped = summary["headline"]
+        line += f" | val rmse {clipped['val_rmse_clipped']:.4f} mae {clipped['val_mae_clipped']:.4f} (clipped)"
     if config.stop_fraction:
         stop = session.validation.errors(session.model, "stop", config.stop_fraction, config.seed)
         progress.stop_rmse.append(stop.summary()["headline"]["val_rmse"] or 0.0)
