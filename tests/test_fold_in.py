@@ -61,13 +61,14 @@ def test_members_are_solved_one_by_one_with_what_was_rated_beside(tmp_path, data
     import torch
 
     from mfdist.model.models import Form
+    from mfdist.model.objective import ITEM, USER
 
     model, rng = load(tmp_path, dataset, "members"), np.random.default_rng(0)
     items, ratings = rng.choice(60, 20, replace=False), rng.integers(1, 6, 20)
     folded = model.fold_in([f"i{item}" for item in items], ratings)
     form = Form(model="mf_advanced", dim=6, bias=True, init=True, sigmoid_range=None, members=2, implicit=0.25)
-    item_rows = form.imported(torch.from_numpy(model.exported.item_embedding[items]).double(), None)
-    with_bag = form.imported(torch.from_numpy(folded.factors)[None], None)
+    item_rows = form.imported(ITEM, torch.from_numpy(model.exported.item_embedding[items]).double(), None)
+    with_bag = form.imported(USER, torch.from_numpy(folded.factors)[None], None)
     weight = 0.25 / np.sqrt(20)
     bag = weight * (item_rows * form.is_factor()).sum(dim=0)
     own = (with_bag[0] - bag).requires_grad_()
@@ -88,6 +89,14 @@ def test_a_prior_of_the_trained_users_where_training_had_no_penalty(tmp_path, da
     model = load(tmp_path, dataset, "prior")
     nothing = model.fold_in([], [])
     np.testing.assert_allclose(nothing.factors, model.exported.user_embedding.mean(axis=0), atol=1e-6)
+    high, low = (model.fold_in(["i1", "i2", "i3"], [rating] * 3) for rating in (5, 1))
+    assert (high.predict(["i1", "i2", "i3"]) > low.predict(["i1", "i2", "i3"])).all()
+
+
+def test_members_without_a_penalty(tmp_path, dataset):
+    form = FORMS["members"] | {"penalty": None, "train_rmse": 0.9, "units": {"mean": 3.0, "spread": -1.2}}
+    export(tmp_path / "run", dataset, form)
+    model = mfdist.load(str(tmp_path / "run"))
     high, low = (model.fold_in(["i1", "i2", "i3"], [rating] * 3) for rating in (5, 1))
     assert (high.predict(["i1", "i2", "i3"]) > low.predict(["i1", "i2", "i3"])).all()
 

@@ -6,7 +6,8 @@ With the items' side fixed a user's row w minimises what training minimises over
 
 which is a ridge regression, solved exactly; member by member where a model has members, each with its bias and scale
 inside. What the user rated counts as in training (``implicit``), a rating's own item left out of it. Through a sigmoid
-the same is minimised by Gauss-Newton steps, halved where they would not lower it.
+the same is minimised by Gauss-Newton steps, halved where they would not lower it. Penalties are meant in the units that
+ratings were learned in (``model.units``), so the row is solved in them; the answer is in those of the export.
 
 Where training had no such penalty (AdamW's decay is none) the prior is that of the trained users: their mean and
 variance in each column, against the mean square of the training errors.
@@ -45,9 +46,17 @@ class FoldIn:
         self._implicit = float(config.get("implicit", 0.0))
         self._penalty = config.get("penalty")
         self._part = config["dim"] // max(self._members, 1)
+        units = config.get("units") or {"mean": 0.0, "spread": 1.0}
+        self._sigmoid, self._spread = bool(config["sigmoid"]), float(units["spread"])
+        # An exported score is ``scale`` times the learned one, plus ``shift``; factors of users and items share it.
+        self._scale = np.copysign(1.0, self._spread) if self._sigmoid else self._spread
+        self._shift = 0.0 if self._sigmoid else float(units["mean"])
         self._mean, self._pull = np.zeros(self._width), np.zeros(self._width)
-        if self._penalty is None:
-            self._mean, self._pull = self._prior(float(config.get("train_rmse") or 1.0) ** 2)
+        noise = float(config.get("train_rmse") or 1.0) ** 2
+        if self._penalty is None and self._members:  # the export holds the members' mean, no member's own columns
+            self._pull = np.full(self._width, noise / self._spread**2)
+        elif self._penalty is None:
+            self._mean, self._pull = self._prior(noise)
 
     @property
     def _width(self) -> int:
@@ -57,8 +66,10 @@ class FoldIn:
     def solve(self, items: Ints, ratings: Floats) -> Folded:
         """The user with these ratings (n,) of items' rows (n,), none of them -1; there may be none."""
         model, groups = self._model, max(self._members, 1)
-        scale = np.sqrt(groups)
-        rows = np.asarray(model.item_embedding[items], np.float64).reshape(len(items), groups, self._part) * scale
+        root = np.sqrt(abs(self._scale) / groups)
+        rows = np.asarray(model.item_embedding[items], np.float64).reshape(len(items), groups, self._part)
+        rows = rows / (root * np.sign(self._scale))
+        ratings = ratings if self._sigmoid else (ratings - self._shift) / self._spread
         bags = self._bags(rows)
         factors, biases = np.empty((groups, self._part)), np.zeros(groups)
         for group in range(groups):
@@ -68,7 +79,7 @@ class FoldIn:
                 biases[group] = found[1]
             elif model.has_biases:
                 biases[group] = found[self._part]
-        return Folded(factors.ravel() / scale, float(biases.mean()))
+        return Folded(factors.ravel() * root, float(biases.mean() * self._scale))
 
     def _bags(self, rows: Floats) -> Floats:
         """What the rated items add to the factors of each group: (groups, part)."""
@@ -79,19 +90,19 @@ class FoldIn:
 
     def _solve_group(self, rows: Floats, bag: Floats, items: Ints, ratings: Floats) -> Floats:
         model, count = self._model, len(rows)
-        features, fixed = rows, np.full(count, model.offset)
+        features, fixed = rows, np.full(count, (model.offset - self._shift) / self._scale)
         if self._members:
             features = rows.copy()
             features[:, 1] += 1
             fixed = fixed + rows[:, 0]
         elif model.item_bias is not None:
             features = np.concatenate([rows, np.ones((count, 1))], axis=1)
-            fixed = fixed + model.item_bias[items]
+            fixed = fixed + model.item_bias[items] / self._scale
         if self._implicit:
             own = np.square(rows[:, 2:] if self._members else rows).sum(axis=1)
             fixed = fixed + rows @ bag - self._implicit / np.sqrt(max(count, 1)) * own
         pull = self._pulls(count)
-        if not model.config["sigmoid"]:
+        if not self._sigmoid:
             gram = features.T @ features + np.diag(pull + SMALL)
             return np.linalg.solve(gram, features.T @ (ratings - fixed) + pull * self._mean)
         return self._through_sigmoid(features, fixed, ratings, pull)
@@ -111,6 +122,8 @@ class FoldIn:
 
     def _through_sigmoid(self, features: Floats, fixed: Floats, ratings: Floats, pull: Floats) -> Floats:
         low, high = self._model.config["sigmoid_range"]
+        pull = pull * self._spread**2  # errors are ratings' here
+        features, fixed = features * self._scale, fixed * self._scale
 
         def fit(row: Floats) -> tuple[Floats, Floats, float]:
             prediction = self._model.rating_of_score(features @ row + fixed)
@@ -146,6 +159,8 @@ class FoldIn:
         if model.user_bias is not None:
             rows = np.concatenate([rows, np.asarray(model.user_bias[::step], np.float64)[:, None]], axis=1)
         rows = rows[np.abs(rows).sum(axis=1) > 0] if len(rows) else rows
+        rows[:, : self._part] /= np.sqrt(abs(self._scale))
+        rows[:, self._part :] /= self._scale
         if not len(rows):
             return self._mean, np.full(self._width, noise)
-        return rows.mean(axis=0), noise / np.maximum(rows.var(axis=0), 1e-6)
+        return rows.mean(axis=0), noise / self._spread**2 / np.maximum(rows.var(axis=0), 1e-6)

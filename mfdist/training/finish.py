@@ -102,6 +102,7 @@ def export_model(session: Session) -> None:
         "members": form.members, "implicit": form.implicit, "train_rmse": session.progress.epochs[-1]["train_rmse"],
         "penalty": {"l2": list(session.config.l2), "row_l2": session.config.row_l2 and list(session.config.row_l2)}
         if session.objective.penalised else None,
+        "units": {"mean": form.units.mean, "spread": form.units.spread},
     }  # fmt: skip
     if world.is_main:
         export.write_model(session.run, shapes, about, session.dataset)
