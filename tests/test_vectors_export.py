@@ -58,7 +58,7 @@ def test_safetensors_has_the_ids_beside(tmp_path, run):
 
 @pytest.mark.parametrize("kind", ["faiss", "hnswlib"])
 def test_an_index_finds_the_items_of_the_model(tmp_path, run, kind):
-    library = pytest.importorskip(kind)
+    library = pytest.importorskip(kind, reason=f"{kind} is an extra of its own")
     (name,) = export_vectors(ExportConfig(run_dir=run, out=str(tmp_path / "o"), format=kind))
     user = module.vectors_of(mfdist.load(run).exported, "users", 9, 10)
     if kind == "faiss":
