@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -86,7 +87,7 @@ class ReferenceStep:
     def __call__(self, user, item, rating, global_rows):
         model, form = self.model, self.model.form
         scored = model(user, item)
-        error = form.rating_of_score(form.score(scored.user, scored.item, model.offset)) - rating
+        error = form.value_of_score(form.score(scored.user, scored.item, model.offset)) - rating
         penalty = torch.zeros(())
         for side, index, rows in ((USER, user, scored.user), (ITEM, item, scored.item)):
             if self.shares:
@@ -156,8 +157,9 @@ def assert_equal_runs(got, want, tolerance):
 
 
 DEVICE = "cuda" if ON_GPU else "cpu"
-TOLERANCE = 1e-5
-"""Relative RMS; seen: at most 3e-6."""
+TOLERANCE = 5e-5 if ON_GPU else 1e-5
+"""Relative RMS. Seen in the interpreter: at most 3e-6; on an H200 2.6e-5 in one case of 24 (adamw, 8 factors, no bias),
+the same in two runs, else below 1e-5: its roots and divisions are within two units of the last place, not one."""
 
 SUM = {"reduction": "sum"}
 FEW = [("adamw", 8, True), ("rowwise_adagrad", 8, False)]
@@ -304,3 +306,14 @@ def test_all_kernels_compile_for_a_gpu_that_is_not_here(capability):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     assert len(result.stdout.splitlines()) == 10 * len(cases)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ON_GPU, reason="the whole of it runs there by scripts/check_gpu")
+def test_check_gpu_runs_small_without_a_gpu(tmp_path):
+    """Each section's program, at tiny sizes, with Triton's kernels in the interpreter."""
+    command = ["scripts/check_gpu", "--small", "--out", str(tmp_path / "small.json"), "--budget", "1500"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    sections = json.loads((tmp_path / "small.json").read_text())["sections"]
+    assert len(sections) == 9 and all(found["ok"] for found in sections.values())

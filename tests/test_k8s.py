@@ -109,7 +109,7 @@ def test_lint_catches(name: str) -> None:
 
 def test_overlays_change_what_they_say() -> None:
     gpu = find(manifests_of("overlays/one-gpu-node"), "Job", "mfdist-train")
-    assert containers(gpu)[0]["image"] == "mfdist:0.1.0-cuda"
+    assert containers(gpu)[0]["image"] == "mfdist:0.2.0-cuda"
     assert env_of(containers(gpu)[0])["PET_RDZV_BACKEND"] == "c10d"
     store = manifests_of("overlays/object-store")
     assert "s3://" in find(store, "ConfigMap", "mfdist-train")["data"]["train.toml"]
