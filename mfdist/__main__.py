@@ -17,6 +17,7 @@ JOBS = {
     "evaluate": "one table of several runs on their validation rows",
     "recommend": "the best items of users",
     "predict": "the ratings predicted for files of pairs",
+    "similar": "what is most like each item, or user",
     "export": "a model's vectors for faiss, hnswlib, Parquet or safetensors",
     "plan": "what a training will take, before it is submitted",
     "checkpoint": "list, verify and prune the checkpoints of a run",

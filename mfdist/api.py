@@ -21,12 +21,13 @@ from mfdist.data.dataset import Dataset
 from mfdist.data.id_text import id_texts
 from mfdist.errors import UsageError
 from mfdist.results.export import ExportedModel
-from mfdist.results.recommended import ids_of_rows, refuse_unknown, table_of
+from mfdist.results.recommended import refuse_unknown, table_of
 from mfdist.results.trained_on import check_dataset, dataset_of_run
 
 if TYPE_CHECKING:
     from mfdist.prepare.prepare import prepare_frame
     from mfdist.results.fold_in import FoldIn
+    from mfdist.results.neighbours import Neighbours
     from mfdist.results.top_items import TopItems
 
 __all__ = ["Model", "load", "prepare_frame"]
@@ -54,6 +55,7 @@ class Model:
 
     def __init__(self, exported: ExportedModel) -> None:
         self.exported = exported
+        self._neighbours: dict[tuple[str, str], Neighbours] = {}
 
     def predict(self, user_ids: Iterable[Any], item_ids: Iterable[Any]) -> npt.NDArray[np.float64]:
         """Predicted ratings of pairs, not clipped to the scale: float64 (pairs,).
@@ -136,7 +138,7 @@ class Model:
         return self._similar("users", user_ids, k, measure)
 
     def _similar(self, side: str, ids: Iterable[Any], k: int, measure: str) -> pa.Table:
-        from mfdist.results.similar import similar_rows
+        from mfdist.results.neighbours import Neighbours
 
         if k < 1:
             raise UsageError(f"similar_{side} needs k of at least 1, got {k}.")
@@ -145,13 +147,9 @@ class Model:
         unknown = [name for name, row in zip(names, rows.tolist(), strict=True) if row < 0]
         if unknown:
             raise UsageError(f"{len(unknown)} of the {side} were not known to training (the first: '{unknown[0]}').")
-        found, scores = similar_rows(self.exported, side, rows, k, measure)
-        kept = np.flatnonzero(found.ravel() >= 0)
-        return pa.table({
-            f"{side[:-1]}_id": pa.array(names, pa.string()).take(pa.array(kept // k)),
-            "similar_id": ids_of_rows(self.exported, side, found.ravel()[kept]),
-            "rank": (kept % k + 1).astype(np.int32), "score": scores.ravel()[kept],
-        })  # fmt: skip
+        if (side, measure) not in self._neighbours:
+            self._neighbours[side, measure] = Neighbours(self.exported, side, measure)
+        return self._neighbours[side, measure].table(pa.array(names, pa.string()), rows, k)
 
     @cached_property
     def _fold_in(self) -> FoldIn:

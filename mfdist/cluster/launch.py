@@ -42,7 +42,7 @@ from mfdist.errors import (
     UsageError,
 )
 
-JOBS_OF_RANKS = ("train", "evaluate", "recommend", "predict")
+JOBS_OF_RANKS = ("train", "evaluate", "recommend", "predict", "similar")
 """Jobs that may be given by their name instead of a script: ``mfdist launch --nproc-per-node=4 train [flags]``."""
 STOPPED = StopRequested.exit_code
 FINAL_CODES = frozenset(kind.exit_code for kind in (UsageError, DataError, DivergedError, ComparisonError))

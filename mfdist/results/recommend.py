@@ -27,7 +27,7 @@ from mfdist.log import Console
 from mfdist.results.export import ExportedModel
 from mfdist.results.id_files import read_ids
 from mfdist.results.item_filters import ItemFilters
-from mfdist.results.part_files import Parts, Write, check, ending_of
+from mfdist.results.part_files import Parts, Write, check, checksum_of, ending_of
 from mfdist.results.recommended import SCHEMA, refuse_unknown, table_of
 from mfdist.results.top_items import TopItems, seen_items
 from mfdist.results.trained_on import check_dataset
@@ -129,8 +129,8 @@ def _request(
     config: RecommendConfig, model: ExportedModel, rows: Ints | None, unknown: Sequence[str], filters: ItemFilters
 ) -> dict[str, Any]:
     flags = {key: value for key, value in asdict(config).items() if key not in ("device", "data", "run_dir", "out")}
-    wanted = None if rows is None else [int(rows.sum()), len(rows), *unknown]
-    return {**flags, "model": model.identity(), "wanted": wanted, "filters": filters.identity}
+    wanted = None if rows is None else [checksum_of(rows), *unknown]
+    return {**flags, "job": "recommend", "model": model.identity(), "wanted": wanted, "filters": filters.identity}
 
 
 # Which users, and whose they are ------------------------------------------------------------------
