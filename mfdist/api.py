@@ -22,7 +22,7 @@ from mfdist.data.id_text import id_texts
 from mfdist.errors import UsageError
 from mfdist.results.export import ExportedModel
 from mfdist.results.recommended import refuse_unknown, table_of
-from mfdist.results.trained_on import check_dataset, dataset_of_run
+from mfdist.results.trained_on import dataset_of_model
 
 if TYPE_CHECKING:
     from mfdist.prepare.prepare import prepare_frame
@@ -119,9 +119,9 @@ class Model:
         rows = self.exported.rows_of("items", names)
         items, given = rows[rows >= 0], given[rows >= 0]
         if user_id is not None:
-            old_items, old = self._training_ratings(user_id, data)
-            kept = ~np.isin(old_items, items)
-            items, given = np.concatenate([old_items[kept], items]), np.concatenate([old[kept], given])
+            from mfdist.results.fold_in import with_training
+
+            items, given = with_training(*self._training_ratings(user_id, data), items, given)
         folded = self._fold_in.solve(items, given)
         return FoldedUser(self, folded.factors, folded.bias, items)
 
@@ -184,9 +184,7 @@ class Model:
         return TopItems(self.exported)
 
     def _dataset(self, data: str | None) -> Dataset:
-        dataset = Dataset.open(data or dataset_of_run(self.exported.run))
-        check_dataset(self.exported, dataset)
-        return dataset
+        return dataset_of_model(self.exported, data)
 
     def _recommend_unseen(self, dataset: Dataset, names: list[str], rows: npt.NDArray[np.int64], k: int) -> pa.Table:
         """Lane by lane, each lane read once; then back in the order asked for."""

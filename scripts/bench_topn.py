@@ -2,7 +2,7 @@
 """The best 10 of all items for many users, in users/s, beside what a user would pick instead, on the same factors.
 
     python scripts/bench_topn.py                               # random factors
-    python scripts/bench_topn.py --run runs/advanced --json topn.json    # those of a run, its most rated items, as well
+    python scripts/bench_topn.py --run runs/advanced --json topn.json    # some rows of a run's as well
 
 Rounds go through all systems in turn, and the table shows the median of each. Every system gets the same float32
 factors with the item bias as one more column; ours and faiss's lists are compared with brute force in float64 on

@@ -256,7 +256,8 @@ def test_the_card_carries_the_results(tmp_path, dataset):
     assert "0.5 + (5.5 - 0.5) * sigmoid(<p_u, q_i> + b_u + b_i + offset)" in card and "## Results" not in card
     report = {"final": {"epoch": 9, "val_rmse_clipped": 1.29431, "how_chosen": "last epoch"},
               "floors": {"global_mean": {"rmse": 1.38, "mae": 1.09}},
-              "dataset": {"num_ratings": {"train": 300, "val": 60}}}  # fmt: skip
+              "dataset": {"name": "test", "num_ratings": {"train": 300, "val": 60}}, "job": "train", "world_size": 2,
+              "config": {"lr": 0.1}, "versions": {}, "wall_seconds": 7.0, "device": "cpu"}  # fmt: skip
     write_card(run, report)
     card = storage.read_text(model_path(run, "README.md"))
     assert "1.2943" in card and "global mean | 1.3800 | 1.0900" in card and "last epoch" in card

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from datasets import make_dataset, training_rows
+from datasets import make_dataset, training_rows, write_dataset
 from test_export import CONFIG, PLAIN, export
 
 import mfdist
@@ -174,3 +174,43 @@ def test_a_trained_run_says_what_fold_in_needs(tmp_path):
         folded = model.fold_in(items, mine[:, 2])
         errors.append(folded.predict(items) - model.predict([f"u{user}"] * len(items), items))
     assert np.sqrt(np.mean(np.concatenate(errors) ** 2)) < 0.05
+
+
+def planted(users=300, items=120, each=40, seed=0):
+    """(user, item, rating) of a planted model with noise, ``each`` ratings a user, in random order within a user."""
+    rng = np.random.default_rng(seed)
+    p, q, b, c = (rng.normal(0, 1, shape) for shape in ((users, 3), (items, 3), users, items))
+    user = np.repeat(np.arange(users), each)
+    item = np.concatenate([rng.choice(items, each, replace=False) for _ in range(users)])
+    score = 3.5 + 0.4 * (p[user] * q[item]).sum(axis=1) + 0.3 * b[user] + 0.4 * c[item]
+    return user, item, np.clip(np.rint(score + rng.normal(0, 0.5, len(user))), 1, 5).astype(np.float32)
+
+
+def test_held_out_users_folded_in_are_as_good_as_trained_with(tmp_path):
+    """RMSE on rows that neither saw, within 2% of training with those users."""
+    from mfdist.cluster.world import World
+    from mfdist.log import Console
+    from mfdist.training.config import TrainConfig
+    from mfdist.training.train import train
+
+    user, item, rating = planted()
+    unseen, held = np.tile(np.arange(40) >= 30, 300), user < 40
+    models = {}
+    for name, rows in (("all", ~unseen), ("others", ~unseen & ~held)):
+        ranges = [(0, 150), (150, 300)]
+        lanes = [[{"user": user[mine], "item": item[mine], "rating": rating[mine]}]
+                 for mine in (rows & (user >= first) & (user < end) for first, end in ranges)]  # fmt: skip
+        data = write_dataset(tmp_path / name, lanes, ranges=ranges, num_items=120)
+        train(TrainConfig(data=data.path, run_dir=str(tmp_path / f"{name}.run"), emb_dim=16, members=1,
+                          batch_size=64, device="cpu"), World.alone(), Console(False))  # fmt: skip
+        models[name] = mfdist.load(str(tmp_path / f"{name}.run"))
+    errors = {"all": [], "others": [], "unknown": []}
+    for one in range(40):
+        known, asked = np.flatnonzero((user == one) & ~unseen), np.flatnonzero((user == one) & unseen)
+        folded = models["others"].fold_in([f"i{k}" for k in item[known]], rating[known])
+        names = [f"i{k}" for k in item[asked]]
+        errors["others"].append(folded.predict(names) - rating[asked])
+        errors["all"].append(models["all"].predict([f"u{one}"] * len(asked), names) - rating[asked])
+        errors["unknown"].append(models["others"].fold_in([], []).predict(names) - rating[asked])
+    rmse = {name: float(np.sqrt(np.mean(np.concatenate(found) ** 2))) for name, found in errors.items()}
+    assert rmse["others"] < 1.02 * rmse["all"] and rmse["others"] < 0.8 * rmse["unknown"], rmse

@@ -232,6 +232,15 @@ def test_filters_that_leave_nothing_are_explained(tmp_path, dataset, run):
     assert not [name for name in os.listdir(tmp_path) if name.startswith("o.")]
 
 
+@pytest.mark.parametrize("content", ["", "nobody\n", "user_id,item_id\n", "user_id,item_id\nu1,nobody\n"])
+def test_a_deny_list_of_nothing_known_leaves_out_nothing(tmp_path, dataset, run, content):
+    (tmp_path / "none").write_text(content)
+    found = recommended(run, dataset, tmp_path / "o.parquet", deny=str(tmp_path / "none"))
+    assert found == expected(run, dataset, range(150), 4, True)
+    with pytest.raises(UsageError, match="items was known to training"):
+        recommended(run, dataset, tmp_path / "p.parquet", allow=str(tmp_path / "none"))
+
+
 def test_users_who_have_seen_all_have_no_rows_and_k_may_exceed_the_catalogue(tmp_path, dataset, run):
     (tmp_path / "allow.csv").write_text("user_id,item_id\n" + "".join(f"u{user},i0\n" for user in range(150)))
     rows = training_rows(dataset).astype(int)

@@ -7,12 +7,16 @@ import re
 
 import numpy as np
 import pytest
+import yaml
 from datasets import make_dataset
 from test_export import export
 
 from mfdist import storage
+from mfdist.config import read_toml, to_dict
 from mfdist.metrics import SliceSums
 from mfdist.results import report as reporting
+from mfdist.results.error_sums import ErrorSums
+from mfdist.training.config import TrainConfig
 
 HEADLINE = {"val_rmse": 1.3, "val_mae": 1.0, "val_rmse_rounded": 1.35, "val_mae_rounded": 0.95,
             "val_rmse_clipped": 1.29, "val_mae_clipped": 0.99}  # fmt: skip
@@ -97,5 +101,24 @@ def test_a_run_without_epochs_still_has_a_page(tmp_path, dataset):
 
 def test_the_model_card_gets_the_figures(tmp_path, dataset):
     export(tmp_path / "run", dataset)
-    reporting.write_report(str(tmp_path / "run"), a_report(dataset))
-    assert "| **this model**, epoch 2 | 1.2900 | 0.9900 |" in (tmp_path / "run" / "model" / "README.md").read_text()
+    figures = ErrorSums(dataset.manifest).figures() | {"rmse_interval": [1.2512, 1.3387]}
+    reporting.write_report(str(tmp_path / "run"), a_report(dataset), figures)
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "| **this model**, epoch 2 | 1.2900 | 0.9900 |" in card and "RMSE is 1.2512 to 1.3387" in card
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["license"] == "unknown"
+    (figures,) = head["model-index"][0]["results"]
+    assert figures["metrics"] == [{"type": "rmse", "value": 1.29}, {"type": "mae", "value": 0.99}]
+    assert figures["dataset"]["name"] == dataset.manifest.name
+
+
+def test_the_settings_of_the_model_card_are_those_of_the_run(tmp_path, dataset):
+    """As a file for --config they give the configuration again; nothing of them is a path."""
+    config = TrainConfig(data="here", run_dir="there", l2=(0.01, 0.0), batch_size=77, keep_every=5)
+    export(tmp_path / "run", dataset)
+    reporting.write_report(str(tmp_path / "run"), a_report(dataset, config=to_dict(config)))
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "    mfdist train --config settings.toml --data DATA --run-dir RUN\n" in card and "there" not in card
+    (tmp_path / "settings.toml").write_text(card.split("```toml\n")[1].split("```")[0])
+    values = read_toml(TrainConfig, str(tmp_path / "settings.toml"))
+    assert TrainConfig(**values, data="here", run_dir="there", keep_every=5) == config

@@ -1,4 +1,4 @@
-"""recommend and predict killed at random moments, again and again: the same bytes in the end, and no file left over."""
+"""recommend, predict and similar killed at random moments, again and again: the same bytes, and no file left over."""
 
 from __future__ import annotations
 
@@ -16,25 +16,31 @@ from datasets import make_dataset
 from test_evaluate import write_run
 
 ROOT = Path(__file__).parents[1]
-KILLS = 15
+KILLS = 8
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("ending", ["parquet", "csv"])
-@pytest.mark.parametrize("job", ["recommend", "predict"])
+@pytest.mark.parametrize(
+    ("job", "ending"),
+    [("recommend", "parquet"), ("recommend", "csv"), ("predict", "parquet"), ("predict", "csv"), ("similar", "csv"),
+     ("recommend --fold-in", "parquet")],
+)  # fmt: skip
 def test_killed_at_random_moments(tmp_path, job, ending):
     dataset = make_dataset(tmp_path / "data", rows=60_000, lanes=40, users=20_000, items=500)
     write_run(tmp_path / "run", dataset)
     rng, moment = np.random.default_rng(0), random.Random(f"{job} {ending}")
     (tmp_path / "pairs").mkdir()
     for k in range(40):
-        rows = zip(rng.integers(0, 20_000, 20_000), rng.integers(0, 500, 20_000), strict=True)
+        rows = zip(rng.integers(0, 25_000, 20_000), rng.integers(0, 500, 20_000), strict=True)
         (tmp_path / f"pairs/{k:02d}.csv").write_text("".join(f"u{u},i{i},3\n" for u, i in rows))
-    sources = [str(tmp_path / "pairs")] if job == "predict" else ["--device", "cpu"]
+    job, *fold_in = job.split()
+    flags = {"recommend": ["--device", "cpu"], "predict": [str(tmp_path / "pairs")],
+             "similar": ["--device", "cpu", "--side", "users"]}[job]  # fmt: skip
+    flags += [*fold_in, str(tmp_path / "pairs/00.csv")] if fold_in else []
 
     def command(out):
-        return [sys.executable, str(ROOT / f"jobs/{job}.py"), *sources, "--run-dir", str(tmp_path / "run"),
+        return [sys.executable, str(ROOT / f"jobs/{job}.py"), *flags, "--run-dir", str(tmp_path / "run"),
                 "--out", str(tmp_path / out / f"out.{ending}")]  # fmt: skip
 
     for folder in ("whole", "killed"):

@@ -74,6 +74,19 @@ def test_lists_are_those_of_all_pairs_to_the_last_bit(in_bytes, kind, k):
     assert scores.tobytes() == (expected[1] + np.float32(0)).tobytes()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["even", "ties"])
+def test_a_thousand_users_of_a_hundred_thousand_items(kind):
+    """With ties about forty vectors and two biases stand for all the items: every list is decided by rows."""
+    p, q, bias = tables(kind, users=1000, items=100_000, dim=32)
+    rows, scores = ItemIndex(q, bias, user_norms=np.linalg.norm(p, axis=1)).search(p, 10)
+    for first in range(0, 1000, 25):
+        expected = brute_force(p[first : first + 25], q, bias, 10)
+        assert rows[first : first + 25].tolist() == expected[0].tolist()
+        assert scores[first : first + 25].tolist() == expected[1].tolist()
+
+
 @pytest.mark.parametrize("in_bytes", FILTERS)
 @pytest.mark.parametrize("dim", [1, 3, 4, 33, 130])
 def test_any_number_of_factors(in_bytes, dim):

@@ -72,6 +72,36 @@ def test_an_index_finds_the_items_of_the_model(tmp_path, run, kind):
     assert [ids[row] for row in rows[0]] == best(run, "u9")
 
 
+@pytest.mark.parametrize("kind", ["faiss", "hnswlib", "safetensors"])
+def test_shards_are_searched_one_by_one(tmp_path, run, kind, monkeypatch):
+    """Eleven items a shard: the best of all shards, with the first row of each added, are the model's."""
+    library = None if kind == "safetensors" else pytest.importorskip(kind, reason=f"{kind} is an extra of its own")
+    exported = mfdist.load(run).exported
+    config = ExportConfig(run_dir=run, out=str(tmp_path / "o"), format=kind)
+    user = module.vectors_of(exported, "users", 9, 10)
+    object.__setattr__(config, "max_shard", 11 * 4 * user.shape[1])
+    export_vectors(config)
+    shards = [one for one in json.loads((tmp_path / "o/vectors.json").read_text())["files"] if one["side"] == "items"]
+    assert [(one["first_row"], one["rows"]) for one in shards] == [(0, 11), (11, 11), (22, 8)]
+    found = []
+    for one in shards:
+        path = str(tmp_path / "o" / one["file"])
+        if kind == "faiss":
+            scores, rows = (part[0] for part in library.read_index(path).search(user, 5))
+        elif kind == "hnswlib":
+            index = library.Index(space="ip", dim=user.shape[1])
+            index.load_index(path)
+            index.set_ef(30)
+            rows, distance = (part[0] for part in index.knn_query(user, k=5))
+            scores = 1 - distance
+        else:
+            scores = (safetensors.numpy.load_file(path)["vectors"] @ user.T)[:, 0]
+            rows = range(len(scores))
+        found += [(score, one["first_row"] + int(row)) for score, row in zip(scores, rows)]
+    ids = pq.read_table(tmp_path / "o/items.ids.parquet")["id"].to_pylist()
+    assert [ids[row] for _, row in sorted(found, reverse=True)[:5]] == best(run, "u9")
+
+
 def test_a_missing_library_is_explained(tmp_path, run, monkeypatch):
     monkeypatch.setitem(module.importlib.sys.modules, "faiss", None)
     with pytest.raises(UsageError, match=r"mfdist\[faiss\]"):

@@ -4,8 +4,13 @@ python jobs/predict.py pairs.csv --run-dir runs/advanced --out predicted.parquet
 python jobs/predict.py pairs/ --run-dir runs/advanced --columns user,item --out predicted.csv
 python -m mfdist.launch --nproc_per_node=4 jobs/predict.py held_out.parquet --run-dir runs/advanced --out scored.parquet
 
-Where ratings stand beside the pairs, RMSE and MAE are printed. A signal ends it with 75; finished parts are kept beside
-the output, and the same command goes on with the others.
+python jobs/predict.py pairs.csv --run-dir runs/advanced --fold-in today.csv --out scored.parquet
+
+Rows keep their order. Of an id that training did not know the known side decides (a model without biases gives the
+training mean), and the flags say so. Users of --fold-in, files of ratings that came after training, get rows solved
+exactly from them: new users, and known ones with their training ratings, where a new rating of an item takes the place
+of the old one; they count as known. Where ratings stand beside the pairs, RMSE and MAE are printed. A signal ends it
+with 75; finished parts are kept beside the output, and the same command goes on with the others.
 """
 
 from __future__ import annotations

@@ -5,6 +5,21 @@ python -m mfdist.launch --nproc_per_node=4 jobs/recommend.py --run-dir runs/adva
 python jobs/recommend.py --run-dir runs/advanced --users users.txt --top-k 20 --include-seen --out few.parquet
 python jobs/recommend.py --run-dir runs/advanced --deny sold_out.txt --min-item-ratings 20 --out better.parquet
 
+Users of --fold-in, files of ratings that came after training, get rows solved exactly from them: new users, and known
+ones with their training ratings, where a new rating of an item takes the place of the old one.
+
+python jobs/recommend.py --run-dir runs/advanced --fold-in today.csv --users folded --out today.parquet
+
+Rows go by user row, then rank; new users, then users unknown to training, come last in the order of their file.
+What a user may get: --allow and --deny are files of item ids for everybody, or of pairs user_id,item_id for the users
+named there alone; --min-item-ratings is for everybody. At the edges:
+
+* a user of --users without a row gets the items by bias, or is left out or refused (--unknown-users), and is counted;
+* a user who is left with fewer items than --top-k has fewer rows, and one who has seen them all has none;
+* a --top-k beyond the catalogue gives every item that is left;
+* items of a list that training did not know are counted and change nothing; a --deny without any other leaves out
+  nothing, but an --allow without any is an error, as are filters that leave no item to anybody, and an empty --users.
+
 A signal ends it with 75; finished parts are kept beside the output, and the same command goes on with the others.
 """
 

@@ -64,6 +64,14 @@ def parse_pair_columns(text: str) -> tuple[str, ...]:
     return parts
 
 
+def parse_rating_columns(text: str) -> tuple[str, ...]:
+    """'user,item,stars' or '0,1,2' (positions count from 0)."""
+    parts = parse_columns(text)
+    if len(parts) != 3:
+        raise ValueError("expected three different columns: user,item,rating")
+    return parts
+
+
 def recognise(source: Source, columns: tuple[str, ...] | None, *, pairs: bool = False) -> Layout:
     """The layout of a source; DataError where it is not recognised or a named column is missing.
 

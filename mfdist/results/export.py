@@ -188,6 +188,14 @@ class ExportedModel:
             prediction[block] = self._predict_block(np.asarray(user[block]), np.asarray(item[block]))
         return prediction
 
+    def users(self, rows: Array) -> tuple[npt.NDArray[np.float32], Floats]:
+        """Factors (rows, dim) and biases (rows,) of user rows; zeros for -1, and for biases that the model lacks."""
+        known, factors, bias = rows >= 0, np.zeros((len(rows), self.config["dim"]), np.float32), np.zeros(len(rows))
+        factors[known] = self.user_embedding[rows[known]]
+        if self.user_bias is not None:
+            bias[known] = self.user_bias[rows[known]]
+        return factors, bias
+
     def release_users(self) -> None:
         """Take the user rows read so far out of this process's memory; the system's cache keeps them."""
         mapped = self.user_embedding.base
@@ -230,11 +238,12 @@ class ExportedModel:
     def _predict_block(self, user: Array, item: Array) -> Floats:
         known_user, known_item = user >= 0, item >= 0
         both = np.flatnonzero(known_user & known_item)
+        factors, bias = self.users(user)
         score = np.full(len(user), self.offset)
-        score[both] += np.einsum("nd,nd->n", self.user_embedding[user[both]], self.item_embedding[item[both]])
-        for bias, rows, known in ((self.user_bias, user, known_user), (self.item_bias, item, known_item)):
-            if bias is not None:
-                score[known] += bias[rows[known]]
+        score[both] += np.einsum("nd,nd->n", factors[both], self.item_embedding[item[both]])
+        score += bias
+        if self.item_bias is not None:
+            score[known_item] += self.item_bias[item[known_item]]
         prediction = self.rating_of_score(score)
         if not self.has_biases:
             prediction[~(known_user & known_item)] = self.config["global_mean"]
@@ -294,8 +303,10 @@ def _check_shapes(tensors: dict[str, Array], config: dict[str, Any], shown: str)
                             "export the run again.")  # fmt: skip
 
 
-def write_card(run: str, report: Mapping[str, Any]) -> None:
-    """Write the model card again with the results of ``report``; nothing happens in a run without an export."""
+def write_card(run: str, report: Mapping[str, Any], validation: Mapping[str, Any] | None = None) -> None:
+    """Write the model card again with the results of ``report`` and of ``ErrorSums.figures()``; nothing happens in a
+    run without an export."""
     path = model_path(run, "config.json")
     if storage.exists(path):
-        storage.write_text(model_path(run, "README.md"), model_card(json.loads(storage.read_text(path)), report))
+        card = model_card(json.loads(storage.read_text(path)), report, validation)
+        storage.write_text(model_path(run, "README.md"), card)

@@ -15,7 +15,7 @@ variance in each column, against the mean square of the training errors.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,12 @@ class Folded(NamedTuple):
 
     factors: Floats
     bias: float
+
+
+def with_training(old_items: Ints, old: npt.NDArray[Any], items: Ints, ratings: Floats) -> tuple[Ints, Floats]:
+    """Training ratings and new ones of a user: a new rating of an item takes the place of the old ones."""
+    kept = ~np.isin(old_items, items)
+    return np.concatenate([old_items[kept], items]), np.concatenate([old[kept].astype(np.float64), ratings])
 
 
 class FoldIn:
@@ -71,14 +77,19 @@ class FoldIn:
         rows = rows / (root * np.sign(self._scale))
         ratings = ratings if self._sigmoid else (ratings - self._shift) / self._spread
         bags = self._bags(rows)
-        factors, biases = np.empty((groups, self._part)), np.zeros(groups)
-        for group in range(groups):
-            found = self._solve_group(rows[:, group], bags[group], items, ratings)
-            factors[group] = found[: self._part] + bags[group]
-            if self._members:
-                biases[group] = found[1]
-            elif model.has_biases:
-                biases[group] = found[self._part]
+        features, fixed = self._features(rows, bags, items)
+        pull = self._pulls(len(items))
+        if self._sigmoid:
+            found = np.stack([self._through_sigmoid(features[g], fixed[g], ratings, pull) for g in range(groups)])
+        else:
+            turned = features.transpose(0, 2, 1)
+            right = turned @ (ratings - fixed)[:, :, None] + (pull * self._mean)[:, None]
+            found = np.asarray(np.linalg.solve(turned @ features + np.diag(pull + SMALL), right)[:, :, 0], np.float64)
+        factors, biases = found[:, : self._part] + bags, np.zeros(groups)
+        if self._members:
+            biases = found[:, 1]
+        elif model.has_biases:
+            biases = found[:, self._part]
         return Folded(factors.ravel() * root, float(biases.mean() * self._scale))
 
     def _bags(self, rows: Floats) -> Floats:
@@ -88,24 +99,21 @@ class FoldIn:
             total[:, :2] = 0  # biases and scales
         return np.asarray(total)
 
-    def _solve_group(self, rows: Floats, bag: Floats, items: Ints, ratings: Floats) -> Floats:
+    def _features(self, rows: Floats, bags: Floats, items: Ints) -> tuple[Floats, Floats]:
+        """What each column is multiplied by, (groups, n, columns), and what is predicted without them, (groups, n)."""
         model, count = self._model, len(rows)
-        features, fixed = rows, np.full(count, (model.offset - self._shift) / self._scale)
+        features = np.ones((rows.shape[1], count, self._width))
+        features[:, :, : self._part] = rows.transpose(1, 0, 2)
+        fixed = np.full((rows.shape[1], count), (model.offset - self._shift) / self._scale)
         if self._members:
-            features = rows.copy()
-            features[:, 1] += 1
-            fixed = fixed + rows[:, 0]
+            features[:, :, 1] += 1
+            fixed += rows[:, :, 0].T
         elif model.item_bias is not None:
-            features = np.concatenate([rows, np.ones((count, 1))], axis=1)
-            fixed = fixed + model.item_bias[items] / self._scale
+            fixed += model.item_bias[items] / self._scale
         if self._implicit:
-            own = np.square(rows[:, 2:] if self._members else rows).sum(axis=1)
-            fixed = fixed + rows @ bag - self._implicit / np.sqrt(max(count, 1)) * own
-        pull = self._pulls(count)
-        if not self._sigmoid:
-            gram = features.T @ features + np.diag(pull + SMALL)
-            return np.linalg.solve(gram, features.T @ (ratings - fixed) + pull * self._mean)
-        return self._through_sigmoid(features, fixed, ratings, pull)
+            own = np.square(rows[:, :, 2:] if self._members else rows).sum(axis=2)
+            fixed += np.einsum("ngd,gd->gn", rows, bags) - self._implicit / np.sqrt(max(count, 1)) * own.T
+        return features, fixed
 
     def _pulls(self, count: int) -> Floats:
         """n A + L of each column."""

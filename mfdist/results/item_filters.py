@@ -51,7 +51,7 @@ class ItemFilters:
         hidden = seen
         if self._deny is not None:
             denied = self._deny.of(keys)
-            hidden = denied if seen is None else _joined(seen, denied, len(users))
+            hidden = denied if seen is None else seen.joined(denied)
         if self._allow is None:
             return top.of(users, k, hidden)
         listed = self._allow.named(keys)
@@ -73,6 +73,9 @@ class ItemFilters:
         shown = f"--{flag} {storage.redact(path)}"
         names = file.ids if file.item_ids is None else file.item_ids
         rows = self._model.rows_of("items", names) if names else np.empty(0, np.int64)
+        if flag == "deny" and not (rows >= 0).any():
+            self.remarks.append(f"{shown} names no item that training knew: nothing is left out by it")
+            return None
         if not (rows >= 0).any():
             raise UsageError(f"{shown}: none of its {len(names):,} items was known to training.")
         if (rows < 0).any():
@@ -108,8 +111,3 @@ class _Pairs:
         sizes = np.zeros(len(keys), np.int64)
         sizes[named] = np.diff(mine.starts)
         return ItemLists(np.concatenate([[0], np.cumsum(sizes)]), mine.items)
-
-
-def _joined(one: ItemLists, other: ItemLists, users: int) -> ItemLists:
-    user, item = np.concatenate([one.users, other.users]), np.concatenate([one.items, other.items])
-    return ItemLists.of_pairs(user, item, users)

@@ -47,6 +47,11 @@ class ItemLists(NamedTuple):
         places = np.repeat(self.starts[users] - starts[:-1], sizes) + np.arange(starts[-1])
         return ItemLists(starts, self.items[places])
 
+    def joined(self, other: ItemLists) -> ItemLists:
+        """What either has of each user, ascending and once; ``other`` of as many users."""
+        user, item = np.concatenate([self.users, other.users]), np.concatenate([self.items, other.items])
+        return ItemLists.of_pairs(user, item, len(self.starts) - 1)
+
     def ordered(self) -> ItemLists:
         """The same with each user's items ascending and once."""
         return ItemLists.of_pairs(self.users, self.items, len(self.starts) - 1)

@@ -1,13 +1,20 @@
-"""The model card of an export: what the model is, how good, how to use it, and where it ends."""
+"""The model card of an export: what the model is, how good, how it was made, how to use it, and where it ends."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+HERE_ALONE = ("data", "run_dir", "resume", "overwrite", "max_minutes", "keep", "keep_every", "checkpoint_every",
+              "interface", "device", "max_memory")  # fmt: skip
+"""Settings that say where and when, not what."""
 
-def model_card(config: Mapping[str, Any], report: Mapping[str, Any] | None = None) -> str:
-    """README.md of an export, with the figures of a finished run's report."""
+
+def model_card(
+    config: Mapping[str, Any], report: Mapping[str, Any] | None = None, validation: Mapping[str, Any] | None = None
+) -> str:
+    """README.md of an export, with the figures of a finished run's report and of ``ErrorSums.figures()``."""
     data = config["dataset"]
     terms = ["<p_u, q_i>"] + (["b_u", "b_i"] if config["bias"] else []) + (["offset"] if config["bias"] else [])
     score = " + ".join(terms)
@@ -18,10 +25,11 @@ def model_card(config: Mapping[str, Any], report: Mapping[str, Any] | None = Non
         f"the prediction is the mean of the training ratings, {config['global_mean']:.4f}")  # fmt: skip
     return f"""---
 library_name: mfdist
+license: unknown # a model is bound by the terms of its ratings: write theirs here
 tags:
 - matrix-factorization
 - recommendation
----
+{_index(config, report)}---
 
 # {config["model"]}, {config["dim"]} factors, on {data["name"]}
 
@@ -29,7 +37,7 @@ A matrix factorization of ratings from {low:g} to {high:g}: {data["num_users"]:,
 
     prediction = {form}
 
-{_card_results(report)}## Use
+{_card_results(report, validation)}{_making(report)}## Use
 
 ```python
 import mfdist
@@ -37,6 +45,7 @@ import mfdist
 model = mfdist.load("RUN")  # the folder that holds model/
 model.predict(["a user's id"], ["an item's id"])  # ratings, not clipped to the scale
 model.recommend(["a user's id"], k=10)
+model.fold_in(["an item's id"], [5.0]).recommend(10)  # somebody whom training did not know
 ```
 
 Files: `model.safetensors` (float32 tables), `users.parquet` and `items.parquet` (row, id), `config.json`.
@@ -58,7 +67,37 @@ _COLD = {
 }
 
 
-def _card_results(report: Mapping[str, Any] | None) -> str:
+def _index(config: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
+    """The figures where programs look for them (the model-index of model cards)."""
+    if report is None or report["final"]["val_rmse_clipped"] is None:
+        return ""
+    data = json.dumps(report["dataset"]["name"])
+    lines = ["model-index:", f"- name: {json.dumps(config['model'])}", "  results:", "  - task:",
+             "      type: rating-prediction", "    dataset:", f"      name: {data}", f"      type: {data}",
+             "    metrics:"]  # fmt: skip
+    for name in ("rmse", "mae"):
+        value = report["final"].get(f"val_{name}_clipped")
+        lines += [f"    - type: {name}", f"      value: {value:.6f}"] if value is not None else []
+    return "\n".join(lines) + "\n"
+
+
+def _making(report: Mapping[str, Any] | None) -> str:
+    """Settings as a TOML file, and the command that takes it."""
+    if report is None:
+        return ""
+    settings = "\n".join(f"{name.replace('_', '-')} = {json.dumps(value, ensure_ascii=False)}"
+                         for name, value in report["config"].items()
+                         if value is not None and name not in HERE_ALONE)  # fmt: skip
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    ranks = f"{report['world_size']} rank{'s' if report['world_size'] > 1 else ''}"
+    return (
+        f"## How it was made\n\n    mfdist {report['job']} --config settings.toml --data DATA --run-dir RUN\n\n"
+        f"with `settings.toml`\n\n```toml\n{settings}\n```\n\n"
+        f"in {report['wall_seconds']:.0f} s on {ranks} ({report['device']}); {versions}.\n\n"
+    )
+
+
+def _card_results(report: Mapping[str, Any] | None, validation: Mapping[str, Any] | None) -> str:
     if report is None:
         return ""
     final, floors = report["final"], report["floors"]
@@ -66,9 +105,14 @@ def _card_results(report: Mapping[str, Any] | None) -> str:
     rows += [(f"floor: {name.replace('_', ' ')}", floor["rmse"], floor["mae"]) for name, floor in floors.items()]
     lines = "\n".join(f"| {name} | {_figure(first)} | {_figure(second)} |" for name, first, second in rows)
     ratings = report["dataset"]["num_ratings"]
+    interval = (validation or {}).get("rmse_interval")
+    within = ""
+    if interval:
+        within = "The 95% interval of this model's RMSE is {:.4f} to {:.4f} (bootstrap).\n\n".format(*interval)
     return (
         f"## Results\n\nOn {ratings['val']:,} validation ratings, clipped to the scale; "
-        f"trained on {ratings['train']:,}; {final['how_chosen']}.\n\n| | RMSE | MAE |\n|---|---|---|\n{lines}\n\n"
+        f"trained on {ratings['train']:,}; {final['how_chosen']}.\n\n"
+        f"| | RMSE | MAE |\n|---|---|---|\n{lines}\n\n{within}"
     )
 
 

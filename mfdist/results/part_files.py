@@ -48,10 +48,13 @@ def ending_of(out: str) -> str:
 class Parts:
     """The parts of ``out``. Every rank makes one; methods named so are collective."""
 
-    def __init__(self, out: str, schema: pa.Schema, request: Mapping[str, Any], world: World) -> None:
-        """``request``: everything that the bytes of the parts depend on; JSON values. Collective."""
+    def __init__(
+        self, out: str, schema: pa.Schema, request: Mapping[str, Any], world: World, *, ending: str | None = None
+    ) -> None:
+        """``request``: everything that the bytes of the parts depend on; JSON values. ``ending``: of ``out`` where its
+        name does not say it. Collective."""
         self.out, self.schema, self._world = out.rstrip("/"), schema, world
-        self._ending, self._folder = ending_of(out), f"{self.out}.parts"
+        self._ending, self._folder = ending_of(out) if ending is None else ending, f"{self.out}.parts"
         done: list[int] = []
         if world.is_main:
             done = self._finished(json.dumps({**request, "columns": str(schema)}, sort_keys=True))
@@ -72,32 +75,44 @@ class Parts:
 
         ``make(number, write, watch)`` writes a part; it may raise :class:`Interrupted` between two tables. Collective.
         """
-        with StopWatch(None, None) as watch:
-            with contextlib.suppress(Interrupted):
-                for number in mine:
-                    check(watch)
-                    if number not in self.finished:
-                        with self.writing(number) as write:
-                            make(number, write, watch)
-            reason = next((found for found in self._world.gather(watch.reason()) if found), None)
-        if reason:
-            raise StopRequested(f"{reason}; what is finished is kept beside {storage.redact(self.out)}, run the same "
-                                "command again to go on.")  # fmt: skip
+        with stoppable(self._world, self.out) as watch:
+            for number in mine:
+                check(watch)
+                if number not in self.finished:
+                    with self.writing(number) as write:
+                        make(number, write, watch)
 
     def note_of(self, number: int) -> str:
         """The path of what a part says beside its rows; written before the part ends, so there when that is."""
         return storage.join(self._folder, f"note-{number:05d}.json")
 
     def join(self, count: int) -> None:
-        """Make ``out`` of parts 0 to ``count``, and remove what they were kept in. Collective."""
+        """Make ``out`` of parts 0 to ``count``, and remove what they were kept in; StopRequested as in ``make``.
+
+        Collective.
+        """
         self._world.barrier()
+        with stoppable(self._world, self.out) as watch:
+            if self._world.is_main:
+                if self._ending:
+                    self._join_file(count, watch)
+                else:
+                    self._move_parts(count)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the parts and what is beside them. Collective."""
         if self._world.is_main:
-            if self._ending:
-                self._join_file(count)
-            else:
-                self._move_parts(count)
             storage.remove(self._folder)
         self._world.barrier()
+
+    def tables(self, count: int) -> Iterator[pa.Table]:
+        """The row groups of Parquet parts 0 to ``count``, in order."""
+        for number in range(count):
+            fs, inner = storage.arrow_filesystem(self._part(number))
+            with pq.ParquetFile(inner, filesystem=fs) as file:
+                for group in range(file.metadata.num_row_groups):
+                    yield file.read_row_group(group)
 
     def _finished(self, request: str) -> list[int]:
         path = storage.join(self._folder, "request.json")
@@ -115,7 +130,7 @@ class Parts:
     def _part(self, number: int) -> str:
         return storage.join(self._folder, f"part-{number:05d}{self._ending or '.parquet'}")
 
-    def _join_file(self, count: int) -> None:
+    def _join_file(self, count: int, watch: StopWatch) -> None:
         joined = storage.join(self._folder, "joined") if storage.is_local(self.out) else self.out
         with storage.open_write(joined) as stream:
             if self._ending == ".csv":
@@ -124,19 +139,14 @@ class Parts:
                     with storage.open_read(self._part(number)) as part:
                         while content := part.read(1 << 22):
                             stream.write(content)
+                            check(watch)
             else:
                 with pq.ParquetWriter(stream, self.schema, compression="zstd") as writer:
-                    for table in self._tables(count):
+                    for table in self.tables(count):
                         writer.write_table(table)
+                        check(watch)
         if joined != self.out:
             storage.move(joined, self.out)
-
-    def _tables(self, count: int) -> Iterator[pa.Table]:
-        for number in range(count):
-            fs, inner = storage.arrow_filesystem(self._part(number))
-            with pq.ParquetFile(inner, filesystem=fs) as file:
-                for group in range(file.metadata.num_row_groups):
-                    yield file.read_row_group(group)
 
     def _move_parts(self, count: int) -> None:
         storage.make_dirs(self.out)
@@ -168,6 +178,21 @@ def checksum_of(rows: npt.NDArray[np.int64]) -> str:
 
 class Interrupted(Exception):
     """A part was left unfinished because the job should stop."""
+
+
+@contextlib.contextmanager
+def stoppable(world: World, out: str) -> Iterator[StopWatch]:
+    """Work that a signal ends: inside, ``check`` may raise :class:`Interrupted`; collective at its end.
+
+    StopRequested on every rank where one should stop.
+    """
+    with StopWatch(None, None) as watch:
+        with contextlib.suppress(Interrupted):
+            yield watch
+        reason = next((found for found in world.gather(watch.reason()) if found), None)
+    if reason:
+        raise StopRequested(f"{reason}; what is finished is kept beside {storage.redact(out)}, run the same command "
+                            "again to go on.")  # fmt: skip
 
 
 def check(watch: StopWatch) -> None:

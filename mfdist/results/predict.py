@@ -25,13 +25,15 @@ from mfdist.cluster.world import World
 from mfdist.config import flag, positional
 from mfdist.errors import DataError, UsageError
 from mfdist.log import Console
-from mfdist.prepare.columns import Layout, parse_pair_columns, recognise
-from mfdist.prepare.ids import gather_bytes
+from mfdist.prepare.columns import Layout, parse_pair_columns, parse_rating_columns, recognise
 from mfdist.prepare.readers import chunks, parse
 from mfdist.prepare.row_blocks import Block, Rules
 from mfdist.prepare.sources import Source, find_sources
+from mfdist.results.block_ids import texts_of
 from mfdist.results.export import ExportedModel
+from mfdist.results.folded_model import FoldedModel, fold_in_files
 from mfdist.results.part_files import Parts, Write, check, ending_of
+from mfdist.results.trained_on import dataset_of_model
 from mfdist.run.stopping import StopWatch
 
 PIECES = 8
@@ -49,6 +51,13 @@ class PredictConfig:
     columns: tuple[str, ...] | None = flag(
         None, "user,item[,rating]: names, or positions from 0 for headerless files", parse=parse_pair_columns
     )
+    fold_in: tuple[str, ...] | None = flag(
+        None, "files of ratings since training: their users get rows solved from them (and from training's)", many=True
+    )
+    fold_in_columns: tuple[str, ...] | None = flag(
+        None, "user,item,rating of --fold-in: names, or positions from 0", parse=parse_rating_columns
+    )
+    data: str | None = flag(None, "dataset directory of training ratings that --fold-in adds to, where it has moved")
     max_rejected: float = flag(0.01, "share of the rows that may be refused", at_least=0.0, at_most=1.0)
 
     def __post_init__(self) -> None:
@@ -72,7 +81,7 @@ class Predicted(NamedTuple):
 def predict(config: PredictConfig, world: World, console: Console | None = None) -> Predicted:
     """Write the predictions; collective. DataError where too many rows are refused; StopRequested as in recommend."""
     console = console or Console(False)
-    model = ExportedModel.open(config.run_dir)
+    exported = ExportedModel.open(config.run_dir)
     sources = find_sources(config.pairs)
     layouts = [recognise(source, config.columns, pairs=True).without_time() for source in sources]
     for source, layout in zip(sources, layouts, strict=True):
@@ -81,6 +90,7 @@ def predict(config: PredictConfig, world: World, console: Console | None = None)
     if not rated and any(layout.has_rating for layout in layouts):
         raise UsageError("some of the files have ratings and others have none; name the columns with --columns "
                          "user_id,item_id, or score them apart.")  # fmt: skip
+    model, folding = fold_in_files(config, exported, lambda: dataset_of_model(exported, config.data), world, console)
     parts = Parts(config.out, _schema(rated), _request(config, model, sources), world)
     total, count = sum(source.bytes for source in sources), 0
     with console.progress("predict", total, unit="bytes") as progress:
@@ -106,6 +116,8 @@ def predict(config: PredictConfig, world: World, console: Console | None = None)
     if rejected:
         console.warn(f"{int(rejected):,} rows were refused, for example {'; '.join(examples[:EXAMPLES])}")
     parts.join(count)
+    if folding is not None:
+        folding.remove()
     errors = ((squares / rows) ** 0.5, absolute / rows) if rated and rows else (None, None)
     return Predicted(int(rows), int(rejected), int(unknown_user), int(unknown_item), *errors)
 
@@ -121,7 +133,8 @@ def _schema(rated: bool) -> pa.Schema:
 def _request(config: PredictConfig, model: ExportedModel, sources: Sequence[Source]) -> dict[str, Any]:
     files = [[source.shown, source.bytes, storage.version(source.path) if "::" not in source.path else ""]
              for source in sources]  # fmt: skip
-    return {"job": "predict", "model": model.identity(), "files": files, "columns given": config.columns}
+    return {"job": "predict", "model": model.identity(), "files": files, "columns given": config.columns,
+            "added": model.new.checksum if isinstance(model, FoldedModel) else None}  # fmt: skip
 
 
 Piece = tuple[Any, Layout, str]
@@ -170,7 +183,7 @@ def _make_part(
 
 
 def _table(block: Block, rated: bool, model: ExportedModel) -> tuple[pa.Table, npt.NDArray[np.float64]]:
-    user_ids, item_ids = (_texts(block, side) for side in range(2))
+    user_ids, item_ids = (texts_of(block, side) for side in range(2))
     users, items = model.rows_of("users", user_ids), model.rows_of("items", item_ids)
     prediction = model.predict(users, items)
     error = prediction - block.rating if rated else np.zeros(len(users))
@@ -178,13 +191,3 @@ def _table(block: Block, rated: bool, model: ExportedModel) -> tuple[pa.Table, n
     columns = [user_ids, item_ids, *([block.rating] if rated else []), prediction, known_user, known_item]
     figures = [len(users), 0, (~known_user).sum(), (~known_item).sum(), error @ error, np.abs(error).sum()]
     return pa.table([pa.array(column) for column in columns], schema=_schema(rated)), np.array(figures, np.float64)
-
-
-def _texts(block: Block, side: int) -> pa.Array:
-    """The ids of a side as an Arrow array."""
-    length = block.length[side]
-    offsets = np.concatenate([[0], np.cumsum(length)])
-    content = np.empty(int(offsets[-1]), np.uint8)
-    gather_bytes(block.content, block.start[side], length, content)
-    buffers = [None, pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(content)]
-    return pa.Array.from_buffers(pa.string(), len(length), buffers)

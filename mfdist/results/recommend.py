@@ -24,13 +24,16 @@ from mfdist.config import flag
 from mfdist.data.dataset import Dataset
 from mfdist.errors import UsageError
 from mfdist.log import Console
+from mfdist.prepare.columns import parse_rating_columns
 from mfdist.results.export import ExportedModel
+from mfdist.results.folded_model import FoldedModel, fold_in_files
 from mfdist.results.id_files import read_ids
 from mfdist.results.item_filters import ItemFilters
-from mfdist.results.part_files import Parts, Write, check, checksum_of, ending_of
+from mfdist.results.item_lists import ItemLists
+from mfdist.results.part_files import Parts, Write, check, checksum_of, ending_of, stoppable
 from mfdist.results.recommended import SCHEMA, refuse_unknown, table_of
 from mfdist.results.top_items import TopItems, seen_items
-from mfdist.results.trained_on import check_dataset
+from mfdist.results.trained_on import check_dataset, dataset_of_model
 from mfdist.run.stopping import StopWatch
 
 SEGMENT_ROWS = 1 << 16
@@ -46,7 +49,10 @@ class RecommendConfig:
     run_dir: str = flag("", "run directory with an exported model (required)")
     out: str = flag("", "file to write, .parquet or .csv, or a folder of Parquet parts (a name without an ending); required")  # fmt: skip # noqa: E501
     top_k: int = flag(10, "items for each user", at_least=1)
-    users: str = flag("all", "all, or a file of user ids: text with one a line, or Parquet with a column user_id")
+    users: str = flag(
+        "all", "all, folded (those of --fold-in alone), or a file of user ids: text with one a line, or Parquet with a "
+        "column user_id"
+    )  # fmt: skip
     include_seen: bool = flag(False, "also items that the user has rated in the training rows")
     allow: str | None = flag(
         None, "file of the only items to recommend: item ids, or user_id,item_id for the users named there"
@@ -57,6 +63,13 @@ class RecommendConfig:
         "bias", "ids of --users that training did not know: items by bias, left out, or refused",
         choices=("bias", "skip", "error"),
     )  # fmt: skip
+    fold_in: tuple[str, ...] | None = flag(
+        None, "files of ratings since training: their users get rows solved from them (and from training's)", many=True
+    )
+    fold_in_columns: tuple[str, ...] | None = flag(
+        None, "user,item,rating of --fold-in: names, or positions from 0", parse=parse_rating_columns
+    )
+    max_rejected: float = flag(0.01, "share of --fold-in's rows that may be refused", at_least=0.0, at_most=1.0)
     data: str | None = flag(None, "dataset directory of seen items and rating counts, where it has moved")
     device: str = flag("auto", "device of the products", choices=("auto", "cpu", "cuda"))
 
@@ -65,9 +78,12 @@ class RecommendConfig:
             if not getattr(self, name):
                 raise UsageError(f"--{name.replace('_', '-')} is missing. See recommend.py --help.")
         ending_of(self.out)
+        if self.users == "folded" and not self.fold_in:
+            raise UsageError("--users folded means the users of --fold-in; give that, too.")
 
     @property
     def needs_dataset(self) -> bool:
+        """Known users of ``--fold-in`` need it, too; whether there are any only reading tells."""
         return not self.include_seen or self.min_item_ratings > 0
 
 
@@ -94,18 +110,22 @@ def recommend(
     StopRequested where a signal asks for it: finished parts stay, and the same call goes on with the others.
     """
     console = console or Console(False)
-    model = ExportedModel.open(config.run_dir)
-    if dataset is not None:
-        check_dataset(model, dataset)
-    rows, unknown, num_unknown = _wanted(config, model)
-    filters = ItemFilters(config.allow, config.deny, config.min_item_ratings, model, dataset, unknown)
-    for line in filters.remarks:
-        console.warn(line)
-    lanes = dataset if not config.include_seen else None
-    segments = _segments(model, lanes, rows, unknown)
-    parts = Parts(config.out, SCHEMA, _request(config, model, rows, unknown, filters), world)
-    todo = [number for number in range(len(segments)) if number not in parts.finished]
-    top = TopItems(model, rows=filters.rows, device=world.device) if todo else None
+    with stoppable(world, config.out):
+        exported = ExportedModel.open(config.run_dir)
+        if dataset is not None:
+            check_dataset(exported, dataset)
+        model, folding = fold_in_files(
+            config, exported, lambda: dataset or dataset_of_model(exported, config.data), world, console
+        )
+        rows, unknown, num_unknown = _wanted(config, model)
+        filters = ItemFilters(config.allow, config.deny, config.min_item_ratings, model, dataset, unknown)
+        for line in filters.remarks:
+            console.warn(line)
+        lanes = dataset if not config.include_seen else None
+        segments = _segments(model, lanes, rows, unknown)
+        parts = Parts(config.out, SCHEMA, _request(config, model, rows, unknown, filters), world)
+        todo = [number for number in range(len(segments)) if number not in parts.finished]
+        top = TopItems(model, rows=filters.rows, device=world.device) if todo else None
     total = sum(len(segment.users) for segment in segments)
     done = total - sum(len(segments[number].users) for number in todo)
     if done:
@@ -122,6 +142,8 @@ def recommend(
 
         parts.make(todo[world.rank :: world.size], make)
     parts.join(len(segments))
+    if folding is not None:
+        folding.remove()
     return Recommended(total, num_unknown)
 
 
@@ -130,16 +152,20 @@ def _request(
 ) -> dict[str, Any]:
     flags = {key: value for key, value in asdict(config).items() if key not in ("device", "data", "run_dir", "out")}
     wanted = None if rows is None else [checksum_of(rows), *unknown]
-    return {**flags, "job": "recommend", "model": model.identity(), "wanted": wanted, "filters": filters.identity}
+    added = model.new.checksum if isinstance(model, FoldedModel) else None
+    return {**flags, "job": "recommend", "model": model.identity(), "wanted": wanted, "filters": filters.identity,
+            "added": added}  # fmt: skip
 
 
 # Which users, and whose they are ------------------------------------------------------------------
 
 
 def _wanted(config: RecommendConfig, model: ExportedModel) -> tuple[Ints | None, list[str], int]:
-    """Ascending known rows (None: all users), the unknown ids that get items by bias, and how many are unknown."""
+    """Ascending rows of users (None: all), the ids without one that get items by bias, and how many have none."""
     if config.users == "all":
         return None, [], 0
+    if config.users == "folded":
+        return (model.new.users if isinstance(model, FoldedModel) else np.empty(0, np.int64)), [], 0
     names = read_ids(config.users, "users", "user_id")
     rows = model.rows_of("users", names)
     unknown = [name for name, row in zip(names, rows.tolist(), strict=True) if row < 0]
@@ -162,6 +188,8 @@ def _segments(
     else:
         ranges = sorted((first, end, number) for number, lane in enumerate(dataset.manifest.lanes)  # type: ignore[misc]
                         for first, end in lane.user_ranges)  # fmt: skip
+        ranges += [(first, min(first + SEGMENT_ROWS, model.num_users), None)
+                   for first in range(dataset.manifest.num_users, model.num_users, SEGMENT_ROWS)]  # fmt: skip
     if wanted is None:
         return [Segment(np.arange(first, end), None, lane) for first, end, lane in ranges if end > first]
     segments = []
@@ -180,15 +208,23 @@ def _tables(
 ) -> Iterator[tuple[pa.Table, int]]:
     """Tables of a segment, each with its number of users."""
     ids = segment.ids if segment.ids is not None else _ids_between(model, segment.users)
-    seen = None
-    if dataset is not None and segment.lane is not None:
-        seen = seen_items(dataset, segment.lane, segment.users)
+    seen = _seen(model, segment, dataset)
     for first in range(0, len(segment.users), BATCH_USERS):
         batch = slice(first, min(first + BATCH_USERS, len(segment.users)))
         users = segment.users[batch]
         keys = users if segment.ids is None else model.num_users + np.arange(batch.start, batch.stop)
         items, ratings = filters.top(top, users, keys, k, None if seen is None else seen.cut(batch))
         yield table_of(model, pa.array(ids[batch], pa.string()), items, ratings), len(users)
+
+
+def _seen(model: ExportedModel, segment: Segment, dataset: Dataset | None) -> ItemLists | None:
+    """What the users of a segment have rated, in training and since; None where all may be recommended."""
+    if dataset is None:
+        return None
+    seen = ItemLists.none(len(segment.users))
+    if segment.lane is not None:
+        seen = seen_items(dataset, segment.lane, segment.users)
+    return seen.joined(model.rated_since(segment.users)) if isinstance(model, FoldedModel) else seen
 
 
 def _ids_between(model: ExportedModel, users: Ints) -> Any:

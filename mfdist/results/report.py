@@ -139,7 +139,7 @@ def write_report(
         storage.write_text(storage.join(run, "validation.json"), _json(validation))
     page = run_page(report, validation, records, storage.redact(run))
     storage.write_text(storage.join(run, "report.html"), page)
-    export.write_card(run, report)
+    export.write_card(run, report, validation)
     storage.write_text(storage.join(run, "report.json"), _json(report))
 
 

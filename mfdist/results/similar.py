@@ -20,7 +20,7 @@ from mfdist.log import Console
 from mfdist.results.export import SIDES, ExportedModel
 from mfdist.results.id_files import read_ids
 from mfdist.results.neighbours import MEASURES, Neighbours, schema_of
-from mfdist.results.part_files import Parts, Write, check, checksum_of, ending_of
+from mfdist.results.part_files import Parts, Write, check, checksum_of, ending_of, stoppable
 from mfdist.results.recommended import ids_of_rows
 from mfdist.run.stopping import StopWatch
 
@@ -73,7 +73,8 @@ def similar(config: SimilarConfig, world: World, console: Console | None = None)
     done = len(rows) - sum(len(segments[number]) for number in todo)
     if done:
         console.info(f"{done:,} of {len(rows):,} {config.side} are there already")
-    near = Neighbours(model, config.side, config.measure, world.device) if todo else None
+    with stoppable(world, config.out):
+        near = Neighbours(model, config.side, config.measure, world.device) if todo else None
 
     with console.progress("similar", len(rows), done, unit=config.side) as progress:
 

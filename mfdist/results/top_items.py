@@ -45,9 +45,7 @@ class TopItems:
         """
         model = self._model
         assert model.has_biases or not (users < 0).any()
-        factors = np.where((users < 0)[:, None], np.float32(0), model.user_embedding[users])
-        own = np.zeros(len(users)) if model.user_bias is None else np.where(users < 0, 0.0, model.user_bias[users])
-        return self.of_factors(factors, own, k, hidden, listed)
+        return self.of_factors(*model.users(users), k, hidden, listed)
 
     def of_factors(
         self, factors: npt.NDArray[np.float32], bias: Floats, k: int, hidden: ItemLists | None = None,

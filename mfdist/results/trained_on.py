@@ -26,6 +26,13 @@ def dataset_of_run(run: str) -> str:
     return str(data)
 
 
+def dataset_of_model(model: ExportedModel, data: str | None) -> Dataset:
+    """The dataset that a model was trained on, at ``data`` where it has moved; UsageError where that is another."""
+    dataset = Dataset.open(data or dataset_of_run(model.run))
+    check_dataset(model, dataset)
+    return dataset
+
+
 def sample_of_run(run: str) -> float:
     """The fraction of the users whose rows the run was made on; 1 unless RUN/config.toml says less."""
     return float(_run_config(run).get("sample-users", 1.0))
