@@ -124,6 +124,8 @@ def version(path: str) -> str:
 def open_read(path: str) -> IO[bytes]:
     fs, inner = filesystem(path)
     stream: IO[bytes] = fs.open(inner, "rb")
+    with contextlib.suppress(AttributeError):  # an archive's file system closes the archive when it is collected
+        stream.kept_open_by = fs  # type: ignore[attr-defined]
     return stream
 
 

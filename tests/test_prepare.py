@@ -300,7 +300,7 @@ def test_ids_are_texts(tmp_path: Path) -> None:
     [(None, "no such file"), (b"", "is empty"), (b"\x7fELF\0\0\1" * 99, "binary"), (b"\n\n\n", "empty"),
      (b"userId,movieId,rating\n", "no rows"), (b"one\ntwo\nthree\n", "1 column"), (b"[{}]", "JSON array"),
      (b"PAR1junk", "Parquet"), (b"PK\3\4junk", "zip"), (gzip.compress(b"a,b,3\n" * 99999)[:-300], "cut off"),
-     ("a,b,3\n".encode("utf-16"), "UTF-16"), (b"{]\n{]\n", "user_id")],
+     ("a,b,3\n".encode("utf-32"), "UTF-32"), (b"{]\n{]\n", "user_id")],
 )  # fmt: skip
 def test_wrong_files_end_with_a_sentence(
     content: bytes | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

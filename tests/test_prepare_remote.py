@@ -15,6 +15,7 @@ from mfdist.config import parse_config
 from mfdist.data.dataset import Dataset, verify
 from mfdist.errors import DataError
 from mfdist.prepare import sources
+from mfdist.prepare.input_files import find_sources
 from mfdist.prepare.prepare import PrepareConfig, prepare
 
 
@@ -82,10 +83,10 @@ def test_errors_that_pass_are_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sources, "RETRY_SECONDS", 0.0)
     monkeypatch.setattr(storage, "open_read", flaky_open)
     pieces = []
-    with sources.Text(sources.find_sources(("memory://flaky/a.csv",))[0]) as text:
+    with sources.Text(find_sources(("memory://flaky/a.csv",))[0]) as text:
         while piece := text.read(300):
             pieces.append(piece)
     assert b"".join(pieces) == content(0, 1000) and failures[0] > 30
     monkeypatch.setattr(storage, "open_read", lambda path: (_ for _ in ()).throw(ConnectionResetError("reset by peer")))
     with pytest.raises(DataError, match="reset by peer"):
-        sources.find_sources(("memory://flaky/a.csv",))
+        find_sources(("memory://flaky/a.csv",))

@@ -3,7 +3,24 @@
 python jobs/prepare.py ratings_Electronics.csv --out data/electronics
 python jobs/prepare.py 'reviews/*.jsonl.gz' --out s3://bucket/data/reviews --order blocks
 python jobs/prepare.py u1.base --val u1.test --out data/u1
+python jobs/prepare.py 'ratings/date=2020-*' --columns user,item,stars,date --out data/year2020
 python jobs/prepare.py --verify data/electronics
+
+What a file is, is told by its content, not by its name; what it was taken for is said. Read are
+* text: CSV, TSV, fields separated by ; | :: or blanks (LIBMF; KONECT with its % comments), with a header or without;
+  decimal commas where semicolons separate; Matrix Market (coordinate, real or integer, general);
+* JSON: an object a line, one array, objects printed over lines; Python dictionaries a line (Amazon 2014), parsed and
+  never run;
+* Parquet: UUIDs and dictionaries are texts, true and false are 1 and 0;
+plain or in gzip, bzip2, zstandard or zip, in UTF-8 or, with a byte-order mark, UTF-16.
+
+A folder is read with the folders in it, and what its name=value folders say are columns. Hidden names, marks such as
+_SUCCESS and empty parts are left out, and said. One file under two names is read once; the same bytes in two files, a
+name packed and unpacked, and tables with a log of their own (Delta, Iceberg, Hudi) are refused. Rows of --val that are
+trained on too are counted.
+
+Times are seconds, milliseconds, microseconds or nanoseconds since 1970, told apart by their size for each file, days
+as YYYYMMDD, ISO 8601 (UTC where it names no zone), or dates and timestamps of Parquet. Stored are whole seconds.
 """
 
 from __future__ import annotations

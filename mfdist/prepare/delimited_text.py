@@ -13,6 +13,8 @@ from typing import Any
 import numba
 import numpy as np
 
+from mfdist.prepare.dates import iso_seconds
+
 MAX_RECORD = 1 << 20
 """Bytes that a quoted record may be long."""
 
@@ -143,6 +145,83 @@ def _plain_int(content: Any, start: Any, end: Any) -> Any:
         value = value * 10 + np.int64(c - 48)
         p += 1
     return (-value if negative else value), True
+
+
+@numba.njit(nogil=True, cache=True)
+def _exact_number(content: Any, start: Any, end: Any, point: Any) -> Any:  # noqa: PLR0912
+    """(value, True) of a decimal number, maybe with an exponent, that a float64 holds exactly rounded; (0, False) else.
+
+    At most 15 digits without closing zeros of the fraction, times or over a power of ten up to 22: then one rounding
+    is the right one (Clinger).
+    """
+    p, negative, digits, places, zeros, fraction, any_digit = start, False, 0, 0, 0, False, False
+    mantissa, exponent = np.int64(0), 0
+    while p < end and content[p] == 32:
+        p += 1
+    while end > p and content[end - 1] == 32:
+        end -= 1
+    if p < end and content[p] in (45, 43):
+        negative = content[p] == 45
+        p += 1
+    while p < end and (48 <= content[p] <= 57 or (content[p] == point and not fraction)):
+        c = content[p]
+        p += 1
+        if c == point:
+            fraction = True
+            continue
+        any_digit = True
+        if fraction and c == 48:
+            zeros += 1
+            continue
+        for _ in range(zeros):
+            mantissa *= 10
+        places += zeros + 1 if fraction else 0
+        digits += zeros + 1 if mantissa or c != 48 else 0
+        zeros = 0
+        if digits > 15:
+            return 0.0, False
+        mantissa = mantissa * 10 + np.int64(c - 48)
+    if p < end and content[p] in (69, 101):
+        p += 1
+        below = p < end and content[p] == 45
+        p += 1 if p < end and content[p] in (45, 43) else 0
+        if p == end or end - p > 3:
+            return 0.0, False
+        while p < end and 48 <= content[p] <= 57:
+            exponent = exponent * 10 + content[p] - 48
+            p += 1
+        exponent = -exponent if below else exponent
+    shift = exponent - places
+    if p < end or not any_digit or shift < -22 or shift > 22:
+        return 0.0, False
+    power = 1.0
+    for _ in range(abs(shift)):
+        power *= 10.0
+    value = mantissa * power if shift > 0 else mantissa / power
+    return (-value if negative else value), True
+
+
+@numba.njit(nogil=True, cache=True)
+def reread(content: Any, start: Any, length: Any, rating: Any, time: Any, dated: Any, status: Any, point: Any,
+           with_time: Any) -> None:  # fmt: skip
+    """Read ratings and times that the scanner's own parsers do not know: exponents, ``point``, ISO 8601.
+
+    Records of status RATING or TIME become OK where both can be read; ``dated`` says which times were dates.
+    """
+    for i in range(status.size):
+        if status[i] not in (RATING, TIME):
+            continue
+        value, exact = rating[i], True
+        if status[i] == RATING:
+            value, exact = _exact_number(content, start[2, i], start[2, i] + length[2, i], point)
+        when, valid = np.int64(0), not with_time
+        if with_time:
+            when, valid = _plain_int(content, start[3, i], start[3, i] + length[3, i])
+            if not valid:
+                when, valid = iso_seconds(content, start[3, i], length[3, i])
+                dated[i] = valid
+        if exact and valid:
+            rating[i], time[i], status[i] = value, when, OK
 
 
 @numba.njit(nogil=True, cache=True)

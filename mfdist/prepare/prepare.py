@@ -23,12 +23,14 @@ from mfdist import storage
 from mfdist.data.dataset import MANIFEST, Dataset, verify
 from mfdist.errors import DataError, UsageError
 from mfdist.log import Console
-from mfdist.prepare.columns import Layout, frame_layout, recognise
+from mfdist.prepare.columns import frame_layout, recognise
 from mfdist.prepare.config import PrepareConfig
 from mfdist.prepare.ids import HashCollision
+from mfdist.prepare.input_files import find_sources, refuse_common
+from mfdist.prepare.layout import Layout
 from mfdist.prepare.read_pass import FrameSource, Ingest, ingest
 from mfdist.prepare.row_blocks import Rules
-from mfdist.prepare.sources import Source, find_sources
+from mfdist.prepare.sources import Source
 
 MAX_SALTS = 4
 
@@ -44,7 +46,10 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Dataset:
         from mfdist.prepare.compact import compact
 
         return compact(config.target, config.memory, console)
-    sources: list[Source | FrameSource] = [*find_sources(config.sources), *find_sources(config.val, val=True)]
+    files = find_sources(config.sources, say=console.info)
+    vals = find_sources(config.val, val=True, say=console.info) if config.val else []
+    refuse_common(files, vals)
+    sources: list[Source | FrameSource] = [*files, *vals]
     layouts = [recognise(source, config.columns) for source in sources if isinstance(source, Source)]
     for source, layout in zip(sources, layouts, strict=True):
         console.info(f"{source.shown}: {layout.name}")
@@ -66,7 +71,7 @@ def prepare_frame(frame: Any, out: str, **settings: Any) -> Dataset:
     config = PrepareConfig(sources=("data frame",), out=str(out), overwrite=True, **settings)
     table = frame.to_arrow() if hasattr(frame, "to_arrow") else _pandas_table(frame)
     layout = frame_layout(table.column_names, config.columns)
-    vals: list[Source | FrameSource] = [*find_sources(config.val, val=True)]
+    vals: list[Source | FrameSource] = [*find_sources(config.val, val=True)] if config.val else []
     layouts = [layout, *(recognise(s, config.columns) for s in vals if isinstance(s, Source))]
     return _prepared(config, [FrameSource(table), *vals], layouts, {}, Console(False))
 
@@ -104,10 +109,15 @@ def _appended(
 
     dataset = open_finished(config.target)
     check_append(config, dataset.manifest)
-    known = {source["fingerprint"] for source in dataset.manifest.sources}
-    if known.issuperset(_fingerprints(config)):
+    known = {source["fingerprint"]: source["path"] for source in dataset.manifest.sources}
+    held = [known.get(fingerprint) for fingerprint in _fingerprints(config)]
+    if all(held):
         console.info(f"{storage.redact(config.target)} holds these files already")
         return dataset
+    if any(held):
+        both = next((source, path) for source, path in zip(sources, held, strict=True) if path)
+        raise DataError(f"{storage.redact(config.target)} holds the rows of {both[0].shown} already (as {both[1]}); "
+                        "append the other files alone.")  # fmt: skip
     if dataset.manifest.has_timestamp and not all(layout.has_time for layout in layouts):
         raise UsageError("the dataset has timestamps and a source has none: they cannot be appended.")
     if not dataset.manifest.has_timestamp:
@@ -116,7 +126,8 @@ def _appended(
         config = replace(config, rating_scale=config.rating_scale or dataset.manifest.rating_scale)
     scratch = scratch_folder(config.target)
     try:
-        read = read_sources(config, sources, layouts, int(dataset.manifest.extra["salt"]), scratch, console)
+        extra = dataset.manifest.extra
+        read = read_sources(config, sources, layouts, int(extra["salt"]), scratch, console, int(extra["time_unit"]))
         return append(config, dataset, read, scratch, console)
     except HashCollision:
         raise DataError("two new ids have one hash under the dataset's; prepare all files together.") from None
@@ -151,7 +162,8 @@ def _already(config: PrepareConfig, request: dict[str, Any], console: Console) -
 def _fingerprints(config: PrepareConfig) -> list[str]:
     from mfdist.prepare.sources import file_fingerprint
 
-    return [file_fingerprint(s) for s in [*find_sources(config.sources), *find_sources(config.val, val=True)]]
+    vals = find_sources(config.val, val=True) if config.val else []
+    return [file_fingerprint(s) for s in [*find_sources(config.sources), *vals]]
 
 
 OWN_NAMES = {MANIFEST, "train", "val", "report", "users.parquet", "items.parquet", "rejected.parquet", ".scratch"}
@@ -219,14 +231,15 @@ def read_sources(
     salt: int,
     scratch: str,
     console: Console,
+    time_unit: int = 1,
 ) -> Ingest:
-    """The read pass; DataError where too many rows are refused or none is left."""
+    """The read pass; DataError where too many rows are refused or none is left. ``time_unit``: ticks per second."""
     with_time = all(layout.has_time for layout in layouts)
     if not with_time and any(layout.has_time for layout in layouts):
         console.info("not every source has timestamps: they are left out")
     if not config.append and not with_time and config.split in ("last-n", "time") and not config.val:
         raise UsageError(f"--split {config.split} needs timestamps, and the sources have none.")
-    rules = Rules(salt, config.rating_scale, with_time)
+    rules = Rules(salt, config.rating_scale, with_time, time_unit)
     read = ingest(sources, layouts, rules, scratch, config.memory, console)
     refused = read.num_rejected
     if refused > config.max_rejected * read.num_in:

@@ -13,14 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mfdist.errors import DataError
 from mfdist.log import Console
-from mfdist.prepare.columns import Layout
 from mfdist.prepare.ids import SeenIds
+from mfdist.prepare.layout import Layout
 from mfdist.prepare.readers import chunks, parse
 from mfdist.prepare.row_blocks import Block, Rules
 from mfdist.prepare.sources import Source
 from mfdist.prepare.spill import Arrays, IdSpill, RowSpill
 from mfdist.prepare.tables import BATCH_ROWS
+from mfdist.prepare.times import SECONDS, TimeUnit, in_seconds, unit_of
 
 REJECTED_SCHEMA = pa.schema(
     [("source", pa.string()), ("line", pa.int64()), ("reason", pa.string()), ("text", pa.string())]
@@ -57,6 +59,7 @@ class Ingest:
     sources: list[dict[str, Any]] = field(default_factory=list)
     rating_range: tuple[float, float] = (np.inf, -np.inf)
     time_range: tuple[int, int] = (2**63 - 1, -(2**63))
+    seen_bytes: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     @property
     def num_rejected(self) -> int:
@@ -86,6 +89,7 @@ def ingest(
     ):
         for source, layout in zip(sources, layouts, strict=True):
             _ingest_one(source, layout, result, seen, pool, rejected, progress, threads + 1)
+            _check_source(source, layout, result, console)
     for spill in (result.rows, *result.ids):  # the last runs side by side
         spill.close()
     return result
@@ -95,10 +99,14 @@ def _ingest_one(source: Source | FrameSource, layout: Layout, result: Ingest, se
                 pool: ThreadPoolExecutor, rejected: Any, progress: Any, window: int) -> None:  # fmt: skip
     waiting: deque[Future[Block]] = deque()
     line, before, placed, fingerprint = 1, result.num_in, 0, ""
+    unit: TimeUnit | None = None
 
     def take() -> None:
-        nonlocal line, placed
+        nonlocal line, placed, unit
         block = waiting.popleft().result()
+        unit = unit or unit_of(block)
+        if unit is not None:
+            block = in_seconds(block, unit, result.rules.time_unit)
         _keep(block, source, line, result, seen, rejected)
         line += block.lines
         progress.advance(max(block.packed_bytes - placed, 0))
@@ -115,7 +123,25 @@ def _ingest_one(source: Source | FrameSource, layout: Layout, result: Ingest, se
     while waiting:
         take()
     result.sources.append({"path": source.shown, "bytes": source.bytes, "rows": result.num_in - before,
-                           "fingerprint": fingerprint})  # fmt: skip
+                           "fingerprint": fingerprint, **({"times": unit.name} if unit else {})})  # fmt: skip
+
+
+def _check_source(source: Source | FrameSource, layout: Layout, result: Ingest, console: Console) -> None:
+    """Say the unit of a source's times; DataError where it lacks rows or has the bytes of another source."""
+    entry = result.sources[-1]
+    if entry.get("times", SECONDS.name) != SECONDS.name:
+        console.info(f"{source.shown}: times are {entry['times']}; they are stored as seconds since 1970")
+    if layout.matrix and entry["rows"] != layout.matrix.entries:
+        raise DataError(f"{source.shown} says that it has {layout.matrix.entries:,} entries, and holds "
+                        f"{entry['rows']:,}: it is cut off or damaged.")  # fmt: skip
+    if isinstance(source, FrameSource) or not entry["rows"]:
+        return
+    kind = (entry["fingerprint"], source.val, source.partition)
+    twin = result.seen_bytes.setdefault(kind, source.shown)
+    if twin != source.shown:
+        raise DataError(
+            f"{twin} and {source.shown} hold the same bytes: their rows would count twice. Name one of them."
+        )
 
 
 def _keep(block: Block, source: Source | FrameSource, line: int, result: Ingest, seen: tuple[SeenIds, SeenIds],

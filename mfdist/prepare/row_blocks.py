@@ -1,19 +1,21 @@
 """Blocks of checked rows, which every format becomes, and what ids, ratings and times may be.
 
-An id is its text (``data.id_text``). Timestamps are
-whole numbers as given (fractions are cut off); dates and times of Parquet become seconds since 1970.
+An id is its text (``data.id_text``). A time that is a number stays as given, its fraction cut off, until the read pass
+knows the unit of its file (``times``); dates and times as text or of Parquet are seconds since 1970.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mfdist.prepare import delimited_text
+from mfdist.prepare.dates import text_seconds
 from mfdist.prepare.ids import U64
 
 MAX_RAW_TEXT = 10_000
@@ -26,25 +28,28 @@ REASONS = {
 }
 NOT_A_NUMBER, NOT_FINITE, BAD_TIME = "rating is not a number", "rating is not finite", "timestamp is not a number"
 OUT_OF_SCALE, NOT_JSON, MISSING = "rating is outside the scale", "not valid JSON", "missing field"
-_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+NOT_LITERAL = "not a Python literal"
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 _NOT_FINITE = re.compile(r"(?i)\s*[+-]?(nan|inf|infinity)\s*")
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How ids are hashed and ratings judged; ``scale`` None: any finite rating."""
+    """How ids are hashed and ratings judged; ``scale`` None: any finite rating; ``time_unit``: ticks per second."""
 
     salt: int
     scale: tuple[float, float] | None
     with_time: bool
+    time_unit: int = 1
 
 
 @dataclass
 class Block:
     """Checked rows: (2, n) spans of user and item ids in ``content``, their hashes, ratings, times; and the refused.
 
-    ``rejects`` holds (line or row, counted from the block's first as 0; reason; raw text). ``lines`` is what the next
-    block's lines begin after.
+    ``dated``: which times came as dates and are seconds already. ``rejects`` holds (line or row, counted from the
+    block's first as 0; reason; raw text), and ``where`` gives line and raw text of a row that was not refused.
+    ``lines`` is what the next block's lines begin after.
     """
 
     content: npt.NDArray[np.uint8]
@@ -52,11 +57,25 @@ class Block:
     length: npt.NDArray[np.int64]
     rating: npt.NDArray[np.float32]
     time: npt.NDArray[np.int64] | None
+    dated: npt.NDArray[np.bool_] | None
     lines: int
     num_in: int
-    rejects: list[tuple[int, str, str]] = field(default_factory=list)
-    hashes: list[tuple[U64, U64]] = field(default_factory=list)
+    rejects: list[tuple[int, str, str]]
+    where: Callable[[int], tuple[int, str]]
     packed_bytes: int = 0
+    hashes: list[tuple[U64, U64]] = field(default_factory=list)
+
+    def refuse(self, bad: npt.NDArray[np.bool_], reason: str) -> Block:
+        """The block without these rows, which are among its rejects."""
+        rejects = [(line, reason, raw) for line, raw in (self.where(int(i)) for i in np.flatnonzero(bad))]
+        kept = np.flatnonzero(~bad)
+        return replace(
+            self, start=self.start[:, kept], length=self.length[:, kept], rating=self.rating[kept],
+            time=None if self.time is None else self.time[kept],
+            dated=None if self.dated is None else self.dated[kept],
+            rejects=sorted(self.rejects + rejects, key=lambda reject: reject[0]),
+            where=lambda i: self.where(int(kept[i])), hashes=[(a[kept], b[kept]) for a, b in self.hashes],
+        )  # fmt: skip
 
 
 def parse_number(text: str) -> float | str:
@@ -66,15 +85,16 @@ def parse_number(text: str) -> float | str:
     return float(text)
 
 
-def parse_time(text: str) -> int | None:
-    """A whole number of 64 bits, fractions cut off; None where it is none."""
+def parse_time(text: str) -> tuple[int, bool] | None:
+    """(time, False) of a whole number of 64 bits, fractions cut off; (seconds, True) of a date; None of neither."""
     if not _NUMBER.fullmatch(text):
-        return None
+        seconds = text_seconds(text)
+        return None if seconds is None else (seconds, True)
     try:
-        value = int(text) if re.fullmatch(r"\s*[+-]?\d+\s*", text) else int(float(text))
+        value = int(text) if re.fullmatch(r"\s*[+-]?\d+\s*", text, re.ASCII) else int(float(text))
     except (OverflowError, ValueError):
         return None
-    return value if -(2**63) <= value < 2**63 else None
+    return (value, False) if -(2**63) <= value < 2**63 else None
 
 
 def judge(rating: npt.NDArray[np.float64], good: npt.NDArray[np.bool_], rules: Rules, where: Any,

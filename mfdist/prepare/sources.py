@@ -1,12 +1,14 @@
-"""Input files: which ones are meant, what they are, and their bytes as one plain stream.
+"""An input file: what it is, and its bytes as one plain stream of UTF-8.
 
 What a file is, is read from its first bytes, not from its name: Parquet, or text, plain or inside gzip, bzip2,
-zstandard or zip. Errors of remote stores are tried again where they may pass.
+zstandard or zip, in UTF-8 or, with a byte-order mark, UTF-16. Errors of remote stores are tried again where they may
+pass.
 """
 
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import hashlib
 import io
@@ -25,6 +27,9 @@ RETRIES = 5
 RETRY_SECONDS = 0.5
 KNOWN_MEMBERS = ("ratings.csv", "ratings.dat", "u.data")
 _MAGIC = {b"PAR1": "parquet", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bz2"}
+_REFUSED = {b"SQLite format 3": "an SQLite database", b"\x89HDF": "an HDF5 file", b"ORC": "an ORC file",
+            b"Obj\x01": "an Avro file", b"ARROW1": "an Arrow IPC file", b"PARE": "an encrypted Parquet file",
+            b"\xfd7zXZ": "an xz file", b"7z\xbc\xaf": "a 7z archive", b"\x93NUMPY": "a NumPy array"}  # fmt: skip
 _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, OSError, pa.ArrowInvalid)
 
 
@@ -32,48 +37,23 @@ _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, OSError,
 class Source:
     """One input file; ``val`` marks a ``--val`` file.
 
-    ``packing``: 'parquet', 'text', or what the text is packed in: 'gzip', 'bz2', 'zstd', 'zip'.
+    ``packing``: 'parquet', 'text', or what the text is packed in: 'gzip', 'bz2', 'zstd', 'zip'. ``partition``: names
+    and values of the folders ``name=value`` that it lies in, which are columns of all its rows.
     """
 
     path: str
     bytes: int
     packing: str
     val: bool = False
+    partition: tuple[tuple[str, str], ...] = ()
 
     @property
     def shown(self) -> str:
         return storage.redact(self.path)
 
 
-def find_sources(patterns: tuple[str, ...], *, val: bool = False) -> list[Source]:
-    """The files that paths, globs, directories and URLs name, sorted within each; DataError where one names none."""
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        paths = _expand(pattern)
-        if not paths:
-            raise DataError(f"{storage.redact(pattern)}: there is no such file.")
-        found.update(dict.fromkeys(paths))
-    return [_recognised(path, val) for path in found]
-
-
-def _expand(pattern: str) -> list[str]:
-    if "::" in pattern:
-        return [pattern]
-    fs, inner = storage.filesystem(pattern)
-    local = storage.is_local(pattern)
-    if fs.isdir(inner):
-        names = [n for n in storage.list_names(pattern) if not n.startswith((".", "_"))]
-        paths = [storage.join(pattern, name) for name in names]
-        return [path for path in paths if not storage.is_dir(path)]
-    if fs.exists(inner):
-        return [pattern]
-    if any(c in pattern for c in "*?["):
-        matches = sorted(m for m in fs.glob(inner) if not fs.isdir(m))
-        return [m if local else fs.unstrip_protocol(m) for m in matches]
-    return []
-
-
-def _recognised(path: str, val: bool) -> Source:
+def recognised(path: str, *, val: bool = False, partition: tuple[tuple[str, str], ...] = ()) -> Source | None:
+    """The source at ``path``, None where it is empty; DataError where there is none or it is no kind that is read."""
     shown = storage.redact(path)
     try:
         with Reopened(path) as stream:
@@ -82,23 +62,33 @@ def _recognised(path: str, val: bool) -> Source:
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"{shown}: there is no such file.") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{shown} cannot be read: {error}.") from None
+        raise DataError(f"{shown} cannot be read: {one_line(error)}.") from None
     if not head:
-        raise DataError(f"{shown} is empty.")
+        return None
     packing = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "text")
     if packing == "text":
         check_text(head, shown)
-    return Source(path, size, packing, val)
+    return Source(path, size, packing, val, partition)
+
+
+def one_line(error: Exception) -> str:
+    """What another library says of an error, without its line ends and closing point."""
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def check_text(head: bytes, shown: str) -> None:
-    """DataError where the first bytes cannot be those of a UTF-8 text file."""
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{shown} is UTF-16 text; convert it to UTF-8 (iconv -f utf-16 -t utf-8).")
-    if b"\0" in head:
-        raise DataError(
-            f"{shown} is a binary file of an unknown kind; ratings come as CSV, TSV, JSON lines or Parquet."
-        )
+    """DataError where the first bytes cannot be those of a text file."""
+    if head.startswith(codecs.BOM_UTF32_LE):
+        raise DataError(f"{shown} is UTF-32 text; convert it to UTF-8 (iconv -f utf-32 -t utf-8).")
+    if b"\0" not in head or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return
+    if len(head) > 2 and (head[0] == 0) != (head[1] == 0):
+        raise DataError(f"{shown} looks like UTF-16 without a byte-order mark; convert it to UTF-8 (iconv).")
+    known = next((name for magic, name in _REFUSED.items() if head.startswith(magic)), None)
+    raise DataError(
+        f"{shown} is {known or 'a binary file of an unknown kind'}; ratings come as text (CSV, TSV, JSON, Matrix "
+        "Market) or Parquet."
+    )
 
 
 class Reopened(io.RawIOBase):
@@ -115,6 +105,8 @@ class Reopened(io.RawIOBase):
         return storage.open_read(self._path)
 
     def _measured(self) -> int:
+        if "::" in self._path:  # seeking in an archive unpacks it
+            return storage.size(self._path)
         size = int(self._stream.seek(0, io.SEEK_END))
         self._stream.seek(0)
         return size
@@ -179,7 +171,7 @@ class Text:
         self._source = source
         self._raw = _Hashed(Reopened(source.path)) if source.packing != "zip" else None
         self._closing: list[Any] = [self._raw] if self._raw else []
-        self._stream = self._unpacked()
+        self._stream = _Utf8(self._unpacked())
 
     def __enter__(self) -> Text:
         return self
@@ -191,10 +183,10 @@ class Text:
     def read(self, n: int) -> bytes:
         """Up to ``n`` bytes; empty at the end. DataError where the packing is damaged."""
         try:
-            return cast(bytes, self._stream.read(n))
+            return self._stream.read(n)
         except _DAMAGED as error:
             packing = "" if self._source.packing == "text" else f" (damaged or cut off {self._source.packing} file)"
-            raise DataError(f"{self._source.shown} cannot be read to its end{packing}: {error}.") from None
+            raise DataError(f"{self._source.shown} cannot be read to its end{packing}: {one_line(error)}.") from None
 
     @property
     def packed_place(self) -> int:
@@ -239,9 +231,40 @@ class Text:
                 )
             stream = archive.open(chosen[0])
         except _DAMAGED as error:
-            raise DataError(f"{shown} is a damaged zip file: {error}.") from None
+            raise DataError(f"{shown} is a damaged zip file: {one_line(error)}.") from None
         self._closing.append(stream)
         return stream
+
+
+class _Utf8:
+    """A text as UTF-8: UTF-16 with a byte-order mark is transcoded, anything else is passed on as it is.
+
+    A surrogate without its other half becomes bytes that are no valid UTF-8, so that its row is refused.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._decoder: codecs.IncrementalDecoder | None = None
+        self._begun = False
+
+    def read(self, n: int) -> bytes:
+        """Some bytes, about ``n`` at most; empty at the end. EOFError where UTF-16 ends within a character."""
+        content: bytes = self._stream.read(n)
+        if not self._begun:
+            while len(content) < 2 and (more := self._stream.read(n)):
+                content += more
+            self._begun = True
+            if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                self._decoder = codecs.getincrementaldecoder("utf-16")("surrogatepass")
+        if self._decoder is None:
+            return content
+        while content:
+            if text := self._decoder.decode(content):
+                return text.encode("utf-8", "surrogatepass")
+            content = self._stream.read(n)
+        if self._decoder.getstate()[0]:
+            raise EOFError("UTF-16 text ends within a character")
+        return b""
 
 
 class _Hashed(io.RawIOBase):

@@ -183,6 +183,44 @@ def _last_of_each(rows: Arrays, chance: U64, last: int) -> npt.NDArray[np.bool_]
     return is_val
 
 
+@numba.njit(nogil=True, cache=True)
+def _val_in_train(user: Any, val: Any, item: Any, time: Any, rating: Any) -> Any:
+    pairs = rows = first = 0
+    while first < user.size:
+        middle = first
+        while middle < user.size and user[middle] == user[first] and val[middle] == 0:
+            middle += 1
+        end = middle
+        pair, same = first, first  # the first training rows that are not before the validation row
+        while end < user.size and user[end] == user[first]:
+            while pair < middle and item[pair] < item[end]:
+                pair += 1
+            while same < middle and _before(same, end, item, time, rating):
+                same += 1
+            if pair < middle and item[pair] == item[end]:
+                pairs += 1
+                rows += same < middle and not _before(end, same, item, time, rating)
+            end += 1
+        first = end
+    return pairs, rows
+
+
+@numba.njit(nogil=True, cache=True)
+def _before(i: Any, j: Any, item: Any, time: Any, rating: Any) -> Any:
+    if item[i] != item[j]:
+        return item[i] < item[j]
+    if time.size and time[i] != time[j]:
+        return time[i] < time[j]
+    return rating[i] < rating[j]
+
+
+def val_in_train(rows: Arrays) -> tuple[int, int]:
+    """Of sorted rows, those given as validation whose pair trains too, and those that do with time and rating."""
+    time = rows.get("time", np.zeros(0, np.int64))
+    pairs, same = _val_in_train(rows["user"], rows["val"], rows["item"], time, rows["rating"])
+    return int(pairs), int(same)
+
+
 def user_runs(user: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(first row, number of rows) of every user in rows sorted by user."""
     if user.size == 0:

@@ -37,7 +37,7 @@ from mfdist.prepare.lanes import BLOCK_ROWS, MAX_DISTINCT, LaneFacts, LaneWriter
 from mfdist.prepare.read_pass import REJECTED_SCHEMA, Ingest
 from mfdist.prepare.report import write_dataset_report
 from mfdist.prepare.spill import Arrays, Ids
-from mfdist.prepare.split import Duplicates, choose, user_runs
+from mfdist.prepare.split import Duplicates, choose, user_runs, val_in_train
 from mfdist.prepare.vocabulary import Vocabulary, vocabulary_file
 
 
@@ -53,6 +53,7 @@ class Totals:
     facts: LaneFacts = field(default_factory=LaneFacts)
     user_activity: dict[int, int] = field(default_factory=dict)
     cold_user_val: int = 0
+    val_in_train: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -87,6 +88,7 @@ def assemble(config: PrepareConfig, read: Ingest, request: dict[str, Any], scrat
     rejected_file = write_rejected(config.target, read, scratch)
     manifest = make_manifest(config, read, plan, totals, item_counts, [user_file, item_file, rejected_file], request)
     say_totals(manifest, read, console)
+    say_val_in_train(manifest, console)
     write_dataset_report(config.target, manifest, totals.user_activity, item_counts.train, totals.facts.days)
     storage.write_text(storage.join(config.target, MANIFEST), manifest.to_json())
     return Dataset(config.target, manifest)
@@ -104,8 +106,7 @@ def write_lanes(config: PrepareConfig, read: Ingest, plan: Plan, groups: Groups,
                 scratch: str, threads: int, console: Console) -> FileEntry:  # fmt: skip
     """The write pass; returns users.parquet's entry and fills ``totals`` and ``counts``."""
     writer = LaneWriter(root=config.target, scratch=scratch, order=config.order, seed=config.seed,
-                        has_time=read.rules.with_time, wide_ids=plan.wide_ids, num_lanes=plan.num_lanes,
-                        time_unit=time_unit(read.time_range[1]))  # fmt: skip
+                        has_time=read.rules.with_time, wide_ids=plan.wide_ids, num_lanes=plan.num_lanes)  # fmt: skip
     borders = np.arange(1, plan.num_lanes + 1) * (plan.kept_rows / plan.num_lanes)
 
     def chosen(bounds: tuple[int, int]) -> tuple[Arrays, Ids]:
@@ -129,6 +130,9 @@ def write_lanes(config: PrepareConfig, read: Ingest, plan: Plan, groups: Groups,
         console.progress("write", plan.kept_rows) as progress,
     ):
         for rows, ids in ahead(groups.bounds, chosen, threads):
+            if plan.rule.kind == "given":
+                pairs, same = val_in_train(rows)
+                totals.val_in_train = totals.val_in_train[0] + pairs, totals.val_in_train[1] + same
             for next_lane, part in numbered(rows, ids, users, borders, totals, counts):
                 if next_lane != lane and open_parts:
                     writing.append(pool.submit(writer.write, lane, open_parts))
@@ -217,11 +221,6 @@ def named_pair(read: Ingest, pair: Duplicates) -> str:
             "mean or keep.")  # fmt: skip
 
 
-def time_unit(latest: int) -> int:
-    """Timestamps per second: 1, or 1,000, 10^6, 10^9 where seconds would lie beyond the year 5138."""
-    return next((unit for unit in (1, 10**3, 10**6) if abs(latest) < 10**11 * unit), 10**9)
-
-
 def rating_facts(facts: LaneFacts, scale: tuple[float, float] | None) -> dict[str, Any]:
     """Scale, step, histogram and moments. Beyond 1,000 different ratings: 100 equal bins, by their lower edges."""
     both = dict(facts.train_values)
@@ -273,10 +272,11 @@ def make_manifest(config: PrepareConfig, read: Ingest, plan: Plan, totals: Total
         split["time"] = rule.time_cut
     cold_items = counts.train == 0
     extra = {"block_rows": BLOCK_ROWS, "hash_version": HASH_VERSION, "salt": read.rules.salt, "request": request,
-             "time_unit": time_unit(read.time_range[1]), "synthetic": is_synthetic(read),
+             "time_unit": 1, "synthetic": is_synthetic(read),
              "explicit_scale": config.rating_scale is not None,
              "cold": {"cold_user": totals.cold_user_val, "cold_item": int(counts.val[cold_items].sum()),
                       "cold_both": int(counts.val_of_cold[cold_items].sum())}}  # fmt: skip
+    extra["val_in_train"] = dict(zip(("pairs", "rows"), totals.val_in_train, strict=True))
     return Manifest(
         name=storage.name_of(config.target), num_users=totals.users, num_items=plan.items.hashes.size,
         num_ratings={"train": num_train, "val": num_val}, lanes=tuple(lanes), order=config.order, split=split,
@@ -290,6 +290,14 @@ def is_synthetic(read: Ingest) -> bool:
     """Whether a source stands beside the truth that planted it."""
     paths = [source["path"] for source in read.sources]
     return any(storage.is_local(path) and os.path.exists(storage.local_path(path) + ".truth.json") for path in paths)
+
+
+def say_val_in_train(manifest: Manifest, console: Console) -> None:
+    """Warn of rows given as validation that are trained on too."""
+    known = manifest.extra["val_in_train"]
+    if known["pairs"]:
+        console.warn(f"{known['pairs']:,} of {manifest.num_ratings['val']:,} --val rows are of a user and item that "
+                     f"are trained on too, {known['rows']:,} of them with the same time and rating")  # fmt: skip
 
 
 def say_totals(manifest: Manifest, read: Ingest, console: Console) -> None:

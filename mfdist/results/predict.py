@@ -25,10 +25,12 @@ from mfdist.cluster.world import World
 from mfdist.config import flag, positional
 from mfdist.errors import DataError, UsageError
 from mfdist.log import Console
-from mfdist.prepare.columns import Layout, parse_pair_columns, parse_rating_columns, recognise
+from mfdist.prepare.columns import parse_pair_columns, parse_rating_columns, recognise
+from mfdist.prepare.input_files import find_sources
+from mfdist.prepare.layout import Layout
 from mfdist.prepare.readers import chunks, parse
 from mfdist.prepare.row_blocks import Block, Rules
-from mfdist.prepare.sources import Source, find_sources
+from mfdist.prepare.sources import Source
 from mfdist.results.block_ids import texts_of
 from mfdist.results.export import ExportedModel
 from mfdist.results.folded_model import FoldedModel, fold_in_files
@@ -82,7 +84,7 @@ def predict(config: PredictConfig, world: World, console: Console | None = None)
     """Write the predictions; collective. DataError where too many rows are refused; StopRequested as in recommend."""
     console = console or Console(False)
     exported = ExportedModel.open(config.run_dir)
-    sources = find_sources(config.pairs)
+    sources = find_sources(config.pairs, say=console.info)
     layouts = [recognise(source, config.columns, pairs=True).without_time() for source in sources]
     for source, layout in zip(sources, layouts, strict=True):
         console.info(f"{source.shown}: {layout.name}")

@@ -1,0 +1,337 @@
+"""Sources damaged at random, and sources read by others too: no traceback, no row miscounted, the same rows.
+
+A damaged file is read with large and with small pieces. Either both end with a sentence, or both give the same rows and
+refused rows, whose number is that of the records that an independent count finds.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import io
+import json
+import random
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mfdist.errors import DataError, UsageError
+from mfdist.prepare import readers
+from mfdist.prepare.columns import recognise
+from mfdist.prepare.input_files import find_sources
+from mfdist.prepare.row_blocks import Block, Rules
+from mfdist.prepare.times import TimeUnit, in_seconds, unit_of
+
+Row = tuple[Any, ...]
+
+
+@dataclass
+class Read:
+    """What the readers make of a file: rows and refused rows (line, reason, text), in order."""
+
+    rows: list[Row]
+    refused: list[tuple[int, str, str]]
+    num_in: int
+
+
+def read(*paths: Path, columns: tuple[str, ...] | None = None) -> Read:
+    """Every row of the files as the read pass takes it; DataError and UsageError as it raises them."""
+    found = Read([], [], 0)
+    for source in find_sources(tuple(map(str, paths))):
+        layout = recognise(source, columns)
+        rules = Rules(0, None, layout.has_time)
+        unit: TimeUnit | None = None
+        line = 1
+        for piece in readers.chunks(source, layout):
+            if isinstance(piece, str):
+                continue
+            block = readers.parse(piece, layout, rules)
+            unit = unit or unit_of(block)
+            if unit:
+                block = in_seconds(block, unit)
+            found.rows += rows_of(block)
+            found.refused += [(line + at, reason, text) for at, reason, text in block.rejects]
+            found.num_in += block.num_in
+            assert block.num_in == block.rating.size + len(block.rejects)
+            line += block.lines
+    return found
+
+
+def rows_of(block: Block) -> list[Row]:
+    content = block.content.tobytes()
+    sides = [[content[a : a + n].decode() for a, n in zip(start.tolist(), length.tolist(), strict=True)]
+             for start, length in zip(block.start, block.length, strict=True)]  # fmt: skip
+    times = [] if block.time is None else [block.time.tolist()]
+    return list(zip(*sides, block.rating.tolist(), *times, strict=True))
+
+
+def ratings(rng: random.Random, n: int = 30) -> list[Row]:
+    return [(f"u{rng.randrange(9)}", f"ï{rng.randrange(99)}", rng.randrange(2, 11) / 2, 10**9 + rng.randrange(10**8))
+            for _ in range(n)]  # fmt: skip
+
+
+KEYS = ("user_id", "item_id", "rating", "timestamp")
+HEAD = ",".join(KEYS)
+
+
+def delimited(rows: list[Row], sep: str = ",") -> bytes:
+    return "".join(sep.join(map(str, row)) + "\n" for row in [KEYS, *rows]).encode()
+
+
+def json_lines(rows: list[Row]) -> bytes:
+    return "".join(json.dumps(dict(zip(KEYS, row, strict=True))) + "\n" for row in rows).encode()
+
+
+def json_array(rows: list[Row]) -> bytes:
+    return json.dumps([dict(zip(KEYS, row, strict=True)) for row in rows], indent=rows[0][3] % 3 or None).encode()
+
+
+def python_lines(rows: list[Row]) -> bytes:
+    return "".join(f"{dict(zip(KEYS, row, strict=True))}\n" for row in rows).encode()
+
+
+def parquet(rows: list[Row]) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.table(dict(zip(KEYS, map(list, zip(*rows, strict=True)), strict=True))), stream)
+    return stream.getvalue()
+
+
+def matrix_market(rows: list[Row]) -> bytes:
+    lines = "".join(f"{row[0][1:]} {row[1][1:]} {row[2]}\n".replace("0 ", "1 ", 1) for row in rows)
+    return f"%%MatrixMarket matrix coordinate real general\n% made\n99 99 {len(rows)}\n{lines}".encode()
+
+
+def zipped(content: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("ratings.csv", content)
+    return stream.getvalue()
+
+
+PACKED: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "zip": zipped}
+FORMATS: dict[str, Callable[[list[Row]], bytes]] = {
+    "csv": delimited, "tsv": lambda rows: delimited(rows, "\t"), "blanks": lambda rows: delimited(rows, "  "),
+    "json lines": json_lines, "json array": json_array, "python lines": python_lines, "parquet": parquet,
+    "matrix market": matrix_market, "gzip": lambda rows: gzip.compress(delimited(rows)),
+    "zip": lambda rows: zipped(delimited(rows)),
+    "utf-16": lambda rows: delimited(rows).decode().encode("utf-16"),
+}  # fmt: skip
+SPICE = (b'"', b"\n", b"\r\n", b",", b"\t", b" ", b"{", b"}", b"[", b"]", b"'", b"\\", b"\0", b"\xff", b"\xef\xbb\xbf",
+         b"NaN", b"-1", b"1e999", b"%", b"2020-01-01", b"\xd8\x00", b"9" * 30, b"null", b"True", b"()",
+         b"0x" + b"f" * 9, b"-" * 300, b"[" * 300, b"1_0", b";", b"::", b"|")  # fmt: skip
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """The content with one to four faults: bytes changed, removed, put in, moved, said twice, or cut off."""
+    for _ in range(rng.randrange(1, 5)):
+        at, size = rng.randrange(len(content) + 1), rng.choice([1, 1, 2, 9, 60])
+        kind = rng.randrange(6)
+        if kind == 0:
+            content = content[:at] + bytes([rng.randrange(256)]) + content[at + 1 :]
+        elif kind == 1:
+            content = content[:at] + content[at + size :]
+        elif kind == 2:
+            content = content[:at] + rng.choice(SPICE) + content[at:]
+        elif kind == 3:
+            content = content[:at] + content[at : at + size] * 2 + content[at + size :]
+        elif kind == 4:
+            to = rng.randrange(len(content) + 1)
+            content = content[:at] + content[to : to + size] + content[at:]
+        elif rng.random() < 0.2:
+            content = content[:at]
+    return content
+
+
+def made(kind: str, rng: random.Random) -> bytes:
+    """A damaged file; what is packed is damaged inside or outside."""
+    if kind in PACKED and rng.random() < 0.5:
+        return PACKED[kind](damaged(delimited(ratings(rng)), rng))
+    return damaged(FORMATS[kind](ratings(rng)), rng)
+
+
+def counted(kind: str, content: bytes) -> int | None:
+    """How many records a damaged file of lines has, where that can be told without reading it."""
+    if kind in ("json lines", "python lines"):
+        if kind == "python lines" and any(b in content for b in (b"\r", b"\0")):
+            return None
+        return sum(bool(line.strip()) for line in content.split(b"\n"))
+    header = HEAD.replace(",", "\t" if kind == "tsv" else ",").encode() + b"\n"
+    if kind in ("tsv", "csv") and b'"' not in content and content.startswith(header):
+        return sum(line not in (b"", b"\r") for line in content.split(b"\n")) - 1
+    return None
+
+
+def outcome(path: Path, piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> Read | str:
+    monkeypatch.setattr(readers, "CHUNK_BYTES", piece_bytes)
+    try:
+        return read(path)
+    except (DataError, UsageError) as error:
+        assert "\n" not in str(error) and len(str(error)) < 2000
+        return type(error).__name__
+
+
+def fuzz(kind: str, inputs: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many damaged files of a kind. What fails says the seed of its file."""
+    refused = rejected = 0
+    for seed in range(inputs):
+        rng = random.Random(f"{kind} {seed}")
+        content = made(kind, rng)
+        path = folder / "r"
+        path.write_bytes(content)
+        try:
+            whole = outcome(path, 1 << 20, monkeypatch)
+            pieces = outcome(path, rng.choice([50, 200, 700]), monkeypatch)
+            if isinstance(whole, str) or isinstance(pieces, str):
+                assert whole == pieces
+                refused += 1
+                continue
+            assert whole.num_in == len(whole.rows) + len(whole.refused)
+            assert (whole.rows, whole.refused, whole.num_in) == (pieces.rows, pieces.refused, pieces.num_in)
+            expected = counted(kind, content)
+            assert expected is None or whole.num_in == expected
+            rejected += bool(whole.refused)
+        except Exception as error:
+            raise AssertionError(f"{kind}, seed {seed}: {content!r}") from error
+    assert refused and (rejected or kind == "parquet") and refused < inputs  # the faults are neither none nor fatal
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damaged_files(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuzz(kind, 80, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damaged_files_long(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuzz(kind, 2000, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_whole_files(kind: str, tmp_path: Path) -> None:
+    rows = ratings(random.Random(1))
+    (tmp_path / "r").write_bytes(FORMATS[kind](rows))
+    found = read(tmp_path / "r")
+    assert found.refused == []
+    if kind == "matrix market":
+        assert [row[2] for row in found.rows] == [row[2] for row in rows]
+    else:
+        assert found.rows == [(*row[:2], pytest.approx(row[2]), row[3]) for row in rows]
+
+
+def test_literals_are_parsed_and_not_run(tmp_path: Path) -> None:
+    """What only running it would say is refused; what a literal says is what Python says."""
+    record = {"user_id": "u", "item_id": 0x10, "rating": -1.5, "timestamp": 10**9, "x": [(1, {2}), b"3", None]}
+    lines = [repr(record), "{'user_id': 'u', 'item_id': 1 + 1, 'rating': 1, 'timestamp': 1}",
+             "{'user_id': __import__('os').getcwd(), 'item_id': 1, 'rating': 1, 'timestamp': 1}"]  # fmt: skip
+    (tmp_path / "r").write_text("\n".join(lines))
+    found = read(tmp_path / "r")
+    assert ast.literal_eval(lines[0]) == record and found.rows == [("u", "16", -1.5, 10**9)]
+    assert [line for line, reason, _ in found.refused if reason == "not a Python literal"] == [2, 3]
+
+
+# Other readers as oracles ------------------------------------------------------------------------
+
+
+def generated(kind: str, rng: random.Random, folder: Path) -> tuple[Path, list[str]]:
+    """A well-formed file of a kind, and its columns in the order user, item, rating, time."""
+    n = rng.randrange(1, 200)
+    names = [*KEYS]
+    columns: dict[str, list[Any]] = {
+        "user_id": [rng.choice([f"u{k}", f"{k:03d}", f"ü {k}"]) for k in (rng.randrange(50) for _ in range(n))],
+        "item_id": [rng.randrange(10**6) for _ in range(n)],
+        "rating": [rng.choice([rng.randrange(1, 6), rng.randrange(2, 11) / 2, rng.randrange(10**6) / 1000, 2.5e-3])
+                   for _ in range(n)],
+        "timestamp": [rng.randrange(2 * 10**8, 2 * 10**9) for _ in range(n)],
+        "note": [rng.choice(["", "x", "a b", "ö"]) for _ in range(n)],
+    }  # fmt: skip
+    dates = rng.random() < 0.5
+    table = pl.DataFrame(columns, schema_overrides={"rating": pl.Float64})
+    if dates:
+        table = table.with_columns(pl.from_epoch("timestamp", time_unit="s"))
+    order = [*columns]
+    rng.shuffle(order)
+    table = table.select(order)
+    path = folder / f"r.{kind}"
+    if kind == "parquet":
+        table.write_parquet(path, row_group_size=rng.choice([7, 50, 1000]), compression=rng.choice(["zstd", "snappy"]))
+    elif kind in ("csv", "tsv", "ssv", "psv", "csv.gz"):
+        separator = {"tsv": "\t", "ssv": ";", "psv": "|"}.get(kind, ",")
+        text = table.write_csv(separator=separator, quote_style=rng.choice(["necessary", "always"]),
+                               line_terminator=rng.choice(["\n", "\r\n"]),
+                               datetime_format=rng.choice(["%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S"]))  # fmt: skip
+        path.write_bytes(gzip.compress(text.encode()) if kind == "csv.gz" else text.encode())
+    else:
+        plain = table.with_columns(pl.col("timestamp").dt.to_string("%Y-%m-%d %H:%M:%S")) if dates else table
+        records = plain.to_dicts()
+        if kind == "jsonl":
+            path.write_text("".join(json.dumps(r, ensure_ascii=rng.random() < 0.5) + "\n" for r in records))
+        else:
+            path.write_text(json.dumps(records, indent=rng.choice([None, 1, 4])))
+    return path, names
+
+
+def by_polars(path: Path, kind: str) -> pl.DataFrame:
+    if kind == "parquet":
+        return pl.read_parquet(path)
+    if kind in ("jsonl", "json"):
+        return (pl.read_ndjson if kind == "jsonl" else pl.read_json)(path, infer_schema_length=None)
+    return pl.read_csv(path, separator={"tsv": "\t", "ssv": ";", "psv": "|"}.get(kind, ","), infer_schema=False)
+
+
+def by_duckdb(path: Path, kind: str) -> pl.DataFrame:
+    import duckdb
+
+    if kind == "parquet":
+        query = f"read_parquet('{path}')"
+    elif kind in ("jsonl", "json"):
+        query = f"read_json('{path}', format='{'newline_delimited' if kind == 'jsonl' else 'array'}')"
+    else:
+        separator = {"tsv": "\\t", "ssv": ";", "psv": "|"}.get(kind, ",")
+        query = f"read_csv('{path}', header=true, all_varchar=true, delim='{separator}')"
+    return pl.from_arrow(duckdb.sql(f"select * from {query}").to_arrow_table())  # type: ignore[return-value]
+
+
+def as_rows(table: pl.DataFrame) -> list[Row]:
+    """User and item as text, rating as float32, time as whole seconds, by polars' own casts."""
+    time = table["timestamp"]
+    if time.dtype == pl.String and "-" in time[0]:
+        time = time.str.replace("T", " ").str.to_datetime("%Y-%m-%d %H:%M:%S")
+    seconds = time.dt.epoch("s") if time.dtype.is_temporal() else time.cast(pl.Int64)
+    rating = table["rating"].cast(pl.Float64).to_numpy().astype(np.float32).tolist()
+    users, items = (table[name].cast(pl.String).to_list() for name in ("user_id", "item_id"))
+    return list(zip(users, items, rating, seconds.to_list(), strict=True))
+
+
+ORACLE_KINDS = ("csv", "tsv", "ssv", "psv", "csv.gz", "jsonl", "json", "parquet")
+
+
+def agree(files: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(files):
+        rng = random.Random(seed)
+        kind = ORACLE_KINDS[seed % len(ORACLE_KINDS)]
+        path, names = generated(kind, rng, folder)
+        monkeypatch.setattr(readers, "CHUNK_BYTES", rng.choice([300, 5000, 1 << 20]))
+        found = read(path, columns=tuple(names))
+        assert found.refused == [], f"{kind}, seed {seed}"
+        for other in (by_polars, by_duckdb):
+            assert found.rows == as_rows(other(path, kind)), f"{kind}, seed {seed}, {other.__name__}"
+
+
+def test_other_readers_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("duckdb", reason="duckdb is not installed")
+    agree(24, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_other_readers_agree_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("duckdb", reason="duckdb is not installed")
+    agree(300, tmp_path, monkeypatch)
