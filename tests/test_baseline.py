@@ -85,6 +85,7 @@ def test_run_writes_what_train_writes(data: Prepared, tmp_path: Path, capsys: py
     table = json.loads((tmp_path / "svd" / "report.json").read_text())
     assert set(table) == set(report.KEYS)
     assert [epoch["epoch"] for epoch in table["epochs"]] == [1, 2, 3]
+    assert 0 < table["ranking"]["ndcg@10"] < 1 and table["ranking"]["users"] == table["ranking"]["of_users"] > 20
     assert table["final"]["how_chosen"] == "last epoch" and table["final"]["epoch"] == 3
     assert table["floors"]["bias"]["rmse"] > 0 and table["slices"]["cold_item"]["rows"] > 0
     for name in ("config.toml", "metrics.jsonl", "report.html", "loss.png", "model/config.json", "model/README.md"):

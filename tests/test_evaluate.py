@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,12 @@ from mfdist.cluster.world import World
 from mfdist.data.dataset import Dataset
 from mfdist.errors import ComparisonError, DataError, UsageError
 from mfdist.metrics import in_sample
+from mfdist.results import ranking_metrics
 from mfdist.results.evaluate import EvaluateConfig, check_required, deciles, evaluate_runs, floors, format_table
 from mfdist.results.export import ExportedModel, write_model
 from mfdist.results.item_lists import ItemLists
-from mfdist.results.ranking import gains, rank_metrics
+from mfdist.results.ranking import USERS, rank_metrics, ranked_users, top_of_model
+from mfdist.results.ranking_metrics import gains
 from mfdist.results.top_items import TopItems, seen_items
 
 JOBS = Path(__file__).parent.parent / "jobs"
@@ -265,8 +268,7 @@ def test_a_run_is_compared_with_another_preparation_by_ids(tmp_path, dataset):
     write_model(str(tmp_path / "b"), in_chunks(tables), CONFIG, other)
     result = evaluate_runs(config(tmp_path / "a", tmp_path / "b"), World.alone())
     assert result["runs"][0]["val_rmse"] == result["runs"][1]["val_rmse"]
-    with pytest.raises(UsageError, match="--ranking"):
-        evaluate_runs(config(tmp_path / "a", tmp_path / "b", ranking=5), World.alone())
+    assert result["runs"][0]["ranking"] == result["runs"][1]["ranking"]
 
 
 def test_a_sample_of_the_users_is_the_same_for_every_run(tmp_path, dataset):
@@ -377,9 +379,11 @@ def test_more_than_all_items_fill_up(tmp_path, dataset):
 
 
 def test_gains_by_hand():
-    relevant = ItemLists(np.array([0, 2, 3]), np.array([7, 9, 4]))
-    ndcg, recall = gains(np.array([[9, 1, 7], [1, 2, 3]]), relevant, 3)
-    assert ndcg == pytest.approx((1 + 1 / np.log2(4)) / (1 + 1 / np.log2(3))) and recall == 1.0
+    relevant = ItemLists(np.array([0, 2, 3, 5]), np.array([7, 9, 4, 4, 8]))
+    found = gains(np.array([[9, 1, 7], [1, 2, 3], [1, 4, -1]]), relevant)
+    assert found[0] == pytest.approx([(1 + 1 / np.log2(4)) / (1 + 1 / np.log2(3)), 1.0, 1.0])
+    assert found[1].tolist() == [0, 0, 0]
+    assert found[2] == pytest.approx([1 / np.log2(3) / (1 + 1 / np.log2(3)), 0.5, 0.5])
 
 
 def test_a_perfect_ranking_scores_one(tmp_path):
@@ -393,7 +397,75 @@ def test_a_perfect_ranking_scores_one(tmp_path):
     eye = np.eye(users, dtype=np.float32)
     write_model(str(tmp_path / "run"), in_chunks({"user_embedding": eye, "item_embedding": eye}),
                 PLAIN | {"dim": users}, dataset)  # fmt: skip
-    found = rank_metrics(ExportedModel.open(str(tmp_path / "run")), dataset, World.alone(), users)
+    found = ranking_of(tmp_path / "run", dataset)
     assert found["users"] == users and found["threshold"] == 4.0
     assert found["ndcg@10"] == 1.0 and found["recall@10"] == 1.0
-    assert found["popularity"]["recall@10"] < 0.5
+    assert found["mrr@10"] == 1.0 and found["coverage@10"] == 1.0
+    assert found["popularity"]["recall@10"] < 0.5 and found["popularity"]["coverage@10"] < 0.4
+
+
+def ranking_of(run, dataset, users=USERS, **choice):
+    top = partial(top_of_model, ExportedModel.open(str(run)))
+    return rank_metrics(top, ranked_users(dataset, World.alone(), users, **choice), dataset, World.alone())
+
+
+def test_a_ranking_by_hand(tmp_path):
+    """Two lanes, three users. User 0 has seen item 0 and likes 2 and 4 (3 is rated too low), user 1 likes nothing, user
+    2 likes 1. The model ranks items by 4, 3, 2, 1, 0 for everybody, popularity by 0, 1, 2, 3, 4."""
+
+    def rows(user, item, rating):
+        return {"user": np.array(user, np.int32), "item": np.array(item, np.int32),
+                "rating": np.array(rating, np.float32)}  # fmt: skip
+
+    train = [[rows([0, 1, 1], [0, 0, 1], [5, 1, 4])], [rows([2], [0], [2])]]
+    val = [[rows([0, 0, 0, 1], [2, 4, 3, 2], [4, 5, 3.9, 1])], [rows([2], [1], [4])]]
+    dataset = write_dataset(tmp_path / "data", train, val, ranges=[(0, 2), (2, 3)], num_items=5)
+    write_model(str(tmp_path / "run"), in_chunks({"user_embedding": np.ones((3, 1), np.float32),
+                "item_embedding": np.arange(5, dtype=np.float32)[:, None]}), PLAIN | {"dim": 1}, dataset)  # fmt: skip
+    found = ranking_of(tmp_path / "run", dataset)
+    discount = 1 / np.log2(np.arange(10) + 2)
+    best = discount[0] + discount[1]
+    # user 0 gets 4, 3, 2, 1: hits at 1 and 3; user 2 gets 4, 3, 2, 1: a hit at 4. By popularity: 1, 2, 3, 4 for both.
+    assert found["users"] == found["of_users"] == 2 and found["threshold"] == 4.0
+    assert found["ndcg@10"] == pytest.approx(((discount[0] + discount[2]) / best + discount[3]) / 2)
+    assert found["recall@10"] == 1.0 and found["mrr@10"] == pytest.approx((1 + 1 / 4) / 2)
+    assert found["coverage@10"] == 4 / 5 and found["popularity"]["coverage@10"] == 4 / 5
+    assert found["popularity"]["ndcg@10"] == pytest.approx(((discount[1] + discount[3]) / best + 1) / 2)
+    assert found["popularity"]["mrr@10"] == pytest.approx((1 / 2 + 1) / 2)
+    assert "below the most popular" in ranking_metrics.doubt_about(found)
+    assert ranking_metrics.doubt_about(found | {"ndcg@10": found["popularity"]["ndcg@10"]}) == ""
+
+
+def test_a_ranking_is_of_about_as_many_users_as_asked_for(tmp_path, dataset):
+    whole = ranked_users(dataset, World.alone())
+    few = ranked_users(dataset, World.alone(), 60)
+    assert len(whole.users) == whole.of_users == few.of_users > 200
+    assert 35 < len(few.users) < 85 and set(few.users) < set(whole.users)
+    other = ranked_users(dataset, World.alone(), 60, seed=1)
+    assert set(other.users) != set(few.users)
+    place = np.searchsorted(whole.users, few.users)
+    for part, of in ((few.relevant, whole.relevant), (few.seen, whole.seen)):
+        assert [list(x) for x in of.of(place)] == [list(x) for x in part]
+    sampled = ranked_users(dataset, World.alone(), sample=0.3)
+    assert in_sample(sampled.users, 0.3).all() and 0 < len(sampled.users) < len(whole.users)
+
+
+def ranking_on_ranks(world, path, run):
+    dataset = Dataset.open(path)
+    chosen = ranked_users(dataset, world, 80)
+    return rank_metrics(partial(top_of_model, ExportedModel.open(run)), chosen, dataset, world)
+
+
+def test_a_ranking_is_the_same_bits_on_any_ranks(tmp_path, dataset):
+    write_run(tmp_path / "run", dataset)
+    alone = run_ranks(1, ranking_on_ranks, dataset.path, str(tmp_path / "run"))
+    assert run_ranks(3, ranking_on_ranks, dataset.path, str(tmp_path / "run")) == alone * 3
+    assert 0 < alone[0]["ndcg@10"] < 1 and 0 < alone[0]["coverage@10"] < 1
+
+
+def test_no_validation_row_is_no_ranking(tmp_path):
+    dataset = make_dataset(tmp_path / "data", rows=50, lanes=2)
+    write_run(tmp_path / "run", dataset)
+    found = ranking_of(tmp_path / "run", dataset)
+    assert found["users"] == 0 and found["ndcg@10"] is None and found["popularity"]["coverage@10"] is None
+    assert ranking_metrics.doubt_about(found) == ""

@@ -22,6 +22,11 @@ HEADLINE = {"val_rmse": 1.3, "val_mae": 1.0, "val_rmse_rounded": 1.35, "val_mae_
             "val_rmse_clipped": 1.29, "val_mae_clipped": 0.99}  # fmt: skip
 
 
+RANKING = {"users": 50, "of_users": 1200, "threshold": 4.0, "ndcg@10": 0.1, "recall@10": 0.2, "mrr@10": 0.3,
+           "coverage@10": 0.4,
+           "popularity": {"ndcg@10": 0.15, "recall@10": 0.1, "mrr@10": 0.2, "coverage@10": 0.01}}  # fmt: skip
+
+
 def an_epoch(number, train=1.2, val=1.3):
     return {"epoch": number, "train_rmse": train, "val_rmse": val, "val_mae": 1.0, "seconds": 2.0,
             "ratings_per_second": 1e6}  # fmt: skip
@@ -42,7 +47,7 @@ def a_report(dataset, **changes):
         "best_on_val": reporting.result(1, HEADLINE, reporting.BEST_CHOICE),
         "slices": SliceSums(1, 5, 1).summary()["slices"],
         "floors": {name: {"rmse": 1.38, "mae": 1.1} for name in ("global_mean", "item_mean", "bias")},
-        "wall_seconds": 6.5,
+        "ranking": RANKING, "wall_seconds": 6.5,
     }  # fmt: skip
     return reporting.new_report(**(given | changes))
 
@@ -50,7 +55,8 @@ def a_report(dataset, **changes):
 def test_keys_are_the_contract(dataset):
     report = a_report(dataset)
     assert set(report) == {"job", "model", "dataset", "world_size", "device", "seed", "config", "epochs", "final",
-                           "best_on_val", "slices", "floors", "wall_seconds", "peak_rss_bytes", "peak_device_bytes",
+                           "best_on_val", "slices", "floors", "ranking", "wall_seconds", "peak_rss_bytes",
+                           "peak_device_bytes",
                            "versions"}  # fmt: skip
     assert set(report["dataset"]) == {"name", "fingerprint", "num_users", "num_items", "num_ratings"}
     assert report["peak_rss_bytes"] > 1 << 20 and {"mfdist", "python", "torch"} <= set(report["versions"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,10 @@ from mfdist.errors import DataError, DivergedError, StopRequested, UsageError
 from mfdist.log import Console
 from mfdist.metrics import round_to_scale
 from mfdist.model.models import ITEM_TABLE, USER_TABLE, sigmoid_range
+from mfdist.results.export import ExportedModel
+from mfdist.results.ranking import rank_metrics, ranked_users, top_of_model
 from mfdist.run import checkpoint
+from mfdist.training import validation
 from mfdist.training.config import TrainConfig
 from mfdist.training.train import train
 
@@ -186,6 +190,28 @@ def test_same_run_twice_is_bitwise_equal_and_the_export_gives_the_reported_error
         score = score + first["user_bias"][user] + first["item_bias"][item] + first["offset"][0]
         error = 0.5 + 5 / (1 + np.exp(-score.astype("f8"))) - rows[:, 2]
         assert abs(np.sqrt((error**2).mean()) - reports[0]["final"]["val_rmse"]) < 1e-5
+
+
+def ranking_of_export(world, c, items_at_a_time):
+    """The ranking that a run reports, and that of its export."""
+    validation.RANKED_ITEMS = items_at_a_time
+    reported = train(c, world, QUIET)["ranking"]
+    dataset, model = Dataset.open(c.data), ExportedModel.open(c.run_dir)
+    return reported, rank_metrics(partial(top_of_model, model), ranked_users(dataset, world), dataset, world)
+
+
+@pytest.mark.parametrize("values", [{"model": "mf"}, {"cold": "known-side", "no_sigmoid": True, "members": 2}])
+def test_the_ranking_reported_is_that_of_the_export(data, tmp_path, monkeypatch, values):
+    """From the tables of ranks and a few items at a time, as from the whole files."""
+    monkeypatch.setattr(validation, "RANKED_ITEMS", 1 << 16)
+    for ranks, sharding, items in ((1, "row", 17), (2, "replicated", 25)):
+        c = config(data, tmp_path / f"{ranks}{sharding}", sharding=sharding, **values)
+        for reported, exported_one in run_ranks(ranks, ranking_of_export, c, items, timeout=600):
+            assert reported == exported_one and reported["users"] > 20 and reported["coverage@10"] > 0.2
+    written = json.loads((tmp_path / "2replicated/report.json").read_text())
+    assert written["ranking"] == reported
+    assert f"{reported['ndcg@10']:.4f}" in (tmp_path / "2replicated/report.html").read_text()
+    assert f"{reported['popularity']['mrr@10']:.4f}" in (tmp_path / "2replicated/model/README.md").read_text()
 
 
 def stop_once(c, world):

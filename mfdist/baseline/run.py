@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ from mfdist.data.dataset import Dataset
 from mfdist.data.loader import available_bytes
 from mfdist.errors import UsageError
 from mfdist.log import Console, MetricsLog
-from mfdist.results import report
+from mfdist.results import ranking, report
 from mfdist.results.error_sums import ErrorSums, headline_of
-from mfdist.results.export import write_model
+from mfdist.results.export import ExportedModel, write_model
 from mfdist.results.floors import floors
 
 JOB = "baseline_svd"
@@ -67,8 +68,8 @@ def run_baseline(config: BaselineConfig, console: Console | None = None) -> dict
     console.info(f"predictions equal svd.test to {worst:.0e} on the first {CHECKED_ROWS} validation rows")
     figures = sums.figures()
     epochs = _epochs(fitted, fit_end, figures)
-    table = _report(config, dataset, epochs, figures, began)
     write_model(config.run_dir, fitted.tensors(), _model_config(config), dataset)
+    table = _report(config, dataset, epochs, figures, began)
     log = MetricsLog(storage.join(config.run_dir, "metrics.jsonl"))
     for entry in epochs:
         log.write("epoch", **entry)
@@ -133,8 +134,15 @@ def _report(
         best_on_val=report.result(config.epochs, headline, "last epoch: Surprise measures no other"),
         slices=figures["slices"],
         floors=floors(dataset, World.alone()) if whole else {},  # they are of all rows, not of the sample's
-        wall_seconds=time.monotonic() - began,
+        ranking=_ranking(config, dataset), wall_seconds=time.monotonic() - began,
     )  # fmt: skip
+
+
+def _ranking(config: BaselineConfig, dataset: Dataset) -> dict[str, Any]:
+    """Of the exported model, for users of the sample."""
+    world, model = World.alone(), ExportedModel.open(config.run_dir)
+    chosen = ranking.ranked_users(dataset, world, sample=config.sample_users)
+    return ranking.rank_metrics(partial(ranking.top_of_model, model), chosen, dataset, world)
 
 
 def _model_config(config: BaselineConfig) -> dict[str, Any]:

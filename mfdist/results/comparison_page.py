@@ -11,6 +11,7 @@ from typing import Any
 from mfdist import __version__, storage
 from mfdist.pages.charts import TONES, Interval, Level, Series, interval_chart, line_chart
 from mfdist.pages.page import day, render
+from mfdist.results import ranking_metrics
 from mfdist.results.run_page import FLOOR_TONES, FLOORS, SLICES, Figure, activity_figure, error_figures, level_shares
 
 Record = Mapping[str, Any]
@@ -30,6 +31,8 @@ def comparison_page(result: Record) -> str:
         verdicts=[(f"{c['run']} against {c['against']}", f"{c['rmse_difference']:+.4f}",
                    f"{c['low']:+.4f} to {c['high']:+.4f}", verdict(c)) for c in result["comparisons"]],
         errors=error_figures(runs[best]), levels=level_shares(runs[best]), ranking=_ranking(runs),
+        ranking_head=["", *ranking_metrics.FIGURES.values()],
+        ranking_of=ranking_metrics.basis(runs[0]["ranking"]) if "ranking" in runs[0] else "",
         footer=f"mfdist {__version__}, {day(time.time())}; dataset {result['dataset']['fingerprint']}",
     )  # fmt: skip
 
@@ -113,6 +116,4 @@ def _ranking(runs: Sequence[Record]) -> list[tuple[Any, ...]]:
     """Rows of a table, the runs and then popularity; [] where nothing was ranked."""
     if "ranking" not in runs[0]:
         return []
-    popular = runs[0]["ranking"]["popularity"]
-    rows = [(run["run"], run["ranking"]["ndcg@10"], run["ranking"]["recall@10"]) for run in runs]
-    return [*rows, ("most popular items", popular["ndcg@10"], popular["recall@10"])]
+    return ranking_metrics.rows({run["run"]: run["ranking"] for run in runs})

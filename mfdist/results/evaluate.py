@@ -22,11 +22,12 @@ from mfdist.data.batch_order import lanes_of_rank
 from mfdist.data.dataset import Dataset
 from mfdist.errors import ComparisonError, UsageError
 from mfdist.log import Console
+from mfdist.results import ranking, ranking_metrics
 from mfdist.results.comparison_page import comparison_page, verdict
 from mfdist.results.error_sums import ErrorSums, deciles
 from mfdist.results.export import ExportedModel
 from mfdist.results.floors import LaneUsers, floors, lane_rows
-from mfdist.results.ranking import rank_metrics
+from mfdist.results.item_lists import ItemLists
 from mfdist.results.trained_on import dataset_of_run, sample_of_run
 
 __all__ = ["EvaluateConfig", "check_required", "deciles", "evaluate_runs", "floors", "format_table"]
@@ -46,7 +47,10 @@ class EvaluateConfig:
     html: str | None = flag(None, "write everything as one page, with pictures, to this file")
     require_better: str | None = flag(None, "end with 5 unless the first run is better than this run by the interval")
     margin: float = flag(0.0, "RMSE that the interval's upper end must stay below with --require-better")
-    ranking: int = flag(0, "users, chosen by hash, to compute NDCG@10 and recall@10 for; 0: none", at_least=0)
+    ranking: int = flag(
+        ranking.USERS, "about how many users, chosen by hash among those with a validation item that they like, "
+        "rankings are measured for (NDCG, recall, MRR at 10, coverage); 0: none", at_least=0,
+    )  # fmt: skip
     seed: int = flag(0, "seed of the bootstrap and of the choice of users", at_least=0)
 
     @property
@@ -72,8 +76,9 @@ def evaluate_runs(config: EvaluateConfig, world: World) -> dict[str, Any]:
         for model, own in zip(models, sums, strict=True)
     ]
     if config.ranking:
+        chosen = ranking.ranked_users(dataset, world, config.ranking, seed=config.seed, sample=sample)
         for model, entry in zip(models, table, strict=True):
-            entry["ranking"] = model.ranking(dataset, world, config)
+            entry["ranking"] = ranking.rank_metrics(model.top, chosen, dataset, world)
     manifest = dataset.manifest
     return {
         "dataset": {"name": manifest.name, "fingerprint": manifest.fingerprint,
@@ -135,11 +140,16 @@ class _EvaluatedModel:
             user, item = self._user_rows[user], self._item_rows[item]
         return self.model.predict(user, item)
 
-    def ranking(self, dataset: Dataset, world: World, config: EvaluateConfig) -> dict[str, Any]:
-        if not self.same_rows:
-            raise UsageError(f"--ranking needs runs of one dataset; {storage.redact(self.run)} was trained on another "
-                             "preparation of the same rows.")  # fmt: skip
-        return rank_metrics(self.model, dataset, world, config.ranking, seed=config.seed)
+    def top(self, users: Array, k: int, hidden: ItemLists) -> npt.NDArray[np.int64]:
+        """Item rows (users, k) of the dataset: the best of each user, without the ``hidden`` ones (``ranking.Top``)."""
+        if self._user_rows is None or self._item_rows is None:
+            return ranking.top_of_model(self.model, users, k, hidden)
+        theirs = ItemLists(hidden.starts, self._item_rows[hidden.items])
+        found = ranking.top_of_model(self.model, self._user_rows[users], k, theirs)
+        row_here = np.full(self.model.num_items + 1, -1, np.int64)  # the last one: that of -1
+        row_here[self._item_rows] = np.arange(len(self._item_rows))
+        row_here[-1] = -1
+        return row_here[found]
 
 
 def _scan_split(
@@ -226,11 +236,11 @@ def write_result(config: EvaluateConfig, result: dict[str, Any]) -> list[str]:
 def _ranking_lines(runs: Sequence[dict[str, Any]]) -> list[str]:
     if "ranking" not in runs[0]:
         return []
-    first = runs[0]["ranking"]
-    rows = [("most popular items", *first["popularity"].values())]
-    rows += [(run["run"], run["ranking"]["ndcg@10"], run["ranking"]["recall@10"]) for run in runs]
-    title = f"ranking for {first['users']:,} users, relevant from {first['threshold']:g}"
-    return ["", title, *_aligned(("", "NDCG@10", "recall@10"), rows)]
+    rankings = {run["run"]: run["ranking"] for run in runs}
+    title = f"ranking of {ranking_metrics.basis(runs[0]['ranking'])}"
+    doubts = [f"{name}: {doubt}" for name, found in rankings.items() if (doubt := ranking_metrics.doubt_about(found))]
+    table = _aligned(("", *ranking_metrics.FIGURES.values()), ranking_metrics.rows(rankings))
+    return ["", title, *table, *doubts]
 
 
 def _span(part: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,13 @@ class ItemLists(NamedTuple):
         sizes = np.bincount(user[first], minlength=users)
         return ItemLists(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), item[first].astype(np.int64))
 
+    @staticmethod
+    def concatenated(parts: Sequence[ItemLists]) -> ItemLists:
+        """The users of all ``parts``, one after the other."""
+        sizes = np.concatenate([np.diff(part.starts) for part in parts])
+        items = np.concatenate([part.items for part in parts])
+        return ItemLists(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), items)
+
     @property
     def users(self) -> Ints:
         """The user's number of each of ``items``."""
@@ -51,6 +59,12 @@ class ItemLists(NamedTuple):
         """What either has of each user, ascending and once; ``other`` of as many users."""
         user, item = np.concatenate([self.users, other.users]), np.concatenate([self.items, other.items])
         return ItemLists.of_pairs(user, item, len(self.starts) - 1)
+
+    def between(self, first: int, end: int) -> ItemLists:
+        """Of each user the items from row ``first`` on and below ``end``, counted from ``first``."""
+        inside = (self.items >= first) & (self.items < end)
+        before = np.concatenate([[0], np.cumsum(inside)])
+        return ItemLists(before[self.starts].astype(np.int64), self.items[inside] - first)
 
     def ordered(self) -> ItemLists:
         """The same with each user's items ascending and once."""

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from mfdist.results import ranking_metrics
+
 HERE_ALONE = ("data", "run_dir", "resume", "overwrite", "max_minutes", "keep", "keep_every", "checkpoint_every",
               "interface", "device", "max_memory")  # fmt: skip
 """Settings that say where and when, not what."""
@@ -113,6 +115,20 @@ def _card_results(report: Mapping[str, Any] | None, validation: Mapping[str, Any
         f"## Results\n\nOn {ratings['val']:,} validation ratings, clipped to the scale; "
         f"trained on {ratings['train']:,}; {final['how_chosen']}.\n\n"
         f"| | RMSE | MAE |\n|---|---|---|\n{lines}\n\n{within}"
+        f"{_card_ranking(report['ranking'])}"
+    )
+
+
+def _card_ranking(ranking: Mapping[str, Any]) -> str:
+    head = " | ".join(ranking_metrics.FIGURES.values())
+    lines = "\n".join(
+        f"| {name} | {' | '.join(_figure(value) for value in values)} |"
+        for name, *values in ranking_metrics.rows({"**this model**": ranking})
+    )
+    doubt = ranking_metrics.doubt_about(ranking)
+    rule = "|---" * (1 + len(ranking_metrics.FIGURES))
+    return f"Lists of ten for {ranking_metrics.basis(ranking)}.\n\n| | {head} |\n{rule}|\n{lines}\n\n" + (
+        f"{doubt[0].upper()}{doubt[1:]}\n\n" if doubt else ""
     )
 
 

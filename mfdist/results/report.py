@@ -23,7 +23,7 @@ from mfdist.results.run_page import run_page
 
 KEYS = (
     "job", "model", "dataset", "world_size", "device", "seed", "config", "epochs", "final", "best_on_val", "slices",
-    "floors", "wall_seconds", "peak_rss_bytes", "peak_device_bytes", "versions",
+    "floors", "ranking", "wall_seconds", "peak_rss_bytes", "peak_device_bytes", "versions",
 )  # fmt: skip
 EPOCH_KEYS = ("epoch", "train_rmse", "val_rmse", "val_mae", "seconds", "ratings_per_second")
 RESULT_KEYS = ("epoch", "val_rmse", "val_mae", "val_rmse_rounded", "val_mae_rounded", "val_rmse_clipped", "how_chosen")
@@ -44,14 +44,15 @@ def new_report(
     best_on_val: Mapping[str, Any],
     slices: Mapping[str, Any],
     floors: Mapping[str, Any],
+    ranking: Mapping[str, Any],
     wall_seconds: float,
     peak_rss_bytes: int | None = None,
     peak_device_bytes: int = 0,
 ) -> dict[str, Any]:
     """report.json's table. ``epochs``: dicts of EPOCH_KEYS; ``final`` and ``best_on_val``: made by :func:`result`.
 
-    ``slices`` is SliceSums.summary()["slices"], ``floors`` evaluate.floors(). ``peak_rss_bytes``: the largest of all
-    ranks; this process's where not given. NaN and infinities become null.
+    ``slices`` is SliceSums.summary()["slices"], ``floors`` evaluate.floors(), ``ranking`` ranking.rank_metrics().
+    ``peak_rss_bytes``: the largest of all ranks; this process's where not given. NaN and infinities become null.
     """
     for epoch in epochs:
         assert set(EPOCH_KEYS) <= set(epoch), f"an epoch lacks {set(EPOCH_KEYS) - set(epoch)}"
@@ -73,6 +74,7 @@ def new_report(
         "best_on_val": dict(best_on_val),
         "slices": dict(slices),
         "floors": dict(floors),
+        "ranking": dict(ranking),
         "wall_seconds": wall_seconds,
         "peak_rss_bytes": peak_rss() if peak_rss_bytes is None else peak_rss_bytes,
         "peak_device_bytes": peak_device_bytes,

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from mfdist.pages.charts import Event, Level, Series, bar_chart, line_chart
 from mfdist.pages.page import day, render
+from mfdist.results import ranking_metrics
 
 FLOORS = {"global_mean": "mean of all ratings", "item_mean": "mean of the item", "bias": "user and item biases"}
 """What a person reads for the floors of report.json."""
@@ -31,7 +32,7 @@ def run_page(report: Record, validation: Record | None = None, records: Sequence
         best=report["best_on_val"], cards_=_cards(report, validation), beside=_beside(report), figures=figures,
         slices=[(SLICES.get(name, name), s["rows"], s["rmse"], s["mae"]) for name, s in report["slices"].items()],
         errors=error_figures(validation) if validation else [], levels=level_shares(validation),
-        ranking=(validation or {}).get("ranking"), epochs=_epochs(report, records),
+        **_ranking(report), epochs=_epochs(report, records),
         events=_events(records), warnings=[r["text"] for r in records if r["kind"] == "warning"],
         config=[(key.replace("_", "-"), "not set" if v is None else str(v)) for key, v in report["config"].items()],
         command=_command(report, run), footer=f"mfdist {report['versions'].get('mfdist', '')}, {day(time.time())}",
@@ -178,6 +179,15 @@ def _beside(report: Record) -> list[tuple[Any, ...]]:
     final = report["final"]
     rows = [("this model", final["val_rmse_clipped"], final.get("val_mae_clipped"))]
     return rows + [(FLOORS.get(name, name), f["rmse"], f["mae"]) for name, f in report["floors"].items()]
+
+
+def _ranking(report: Record) -> dict[str, Any]:
+    """What the template shows of the ranking, where it was measured."""
+    ranking = report.get("ranking")
+    if not ranking:
+        return {"ranking": None}
+    return {"ranking": ranking_metrics.rows({"this model": ranking}), "ranking_of": ranking_metrics.basis(ranking),
+            "ranking_head": ["", *ranking_metrics.FIGURES.values()]}  # fmt: skip
 
 
 def _epochs(report: Record, records: Sequence[Record]) -> list[tuple[Any, ...]]:

@@ -16,7 +16,7 @@ from mfdist import storage
 from mfdist.config import to_dict
 from mfdist.model.objective import ITEM, USER
 from mfdist.model.tables import ReplicatedTable, Table, stored_order
-from mfdist.results import export, report
+from mfdist.results import export, ranking_metrics, report
 from mfdist.results.floors import floors
 from mfdist.run import checkpoint
 from mfdist.training.session import Session, chosen_epoch, load, wait_for_save
@@ -44,15 +44,15 @@ def finish(session: Session) -> dict[str, Any]:
         final=report.result(chosen + 1, progress.summaries[chosen]["headline"], how),
         best_on_val=report.result(best + 1, progress.summaries[best]["headline"], BEST_ON_VAL),
         slices=progress.summaries[chosen]["slices"], floors=floors(session.dataset, world),
+        ranking=session.validation.ranking(session.model),
         wall_seconds=progress.wall_seconds + time.monotonic() - session.started,
         peak_rss_bytes=int(peak[0]), peak_device_bytes=int(peak[1]),
     )  # fmt: skip
-    doubt = doubt_about(found, config.lr, config.epochs)
-    if doubt:
+    doubts = [doubt_about(found, config.lr, config.epochs), ranking_metrics.doubt_about(found["ranking"])]
+    for doubt in filter(None, doubts):
         session.console.warn(doubt)
+        session.metrics.write("warning", step=progress.step, epoch=progress.shown_epoch, text=doubt)
     if world.is_main:
-        if doubt:
-            session.metrics.write("warning", step=progress.step, epoch=progress.shown_epoch, text=doubt)
         storage.remove(checkpoint.spare_of(session.run))
         session.metrics.write(
             "finish", step=progress.step, epoch=progress.shown_epoch, wall_seconds=found["wall_seconds"]
@@ -68,6 +68,7 @@ def finish(session: Session) -> dict[str, Any]:
             f"{final['val_mae']:.4f}), on {found['dataset']['num_ratings']['val']:,} validation ratings; "
             f"report: {storage.redact(session.run)}/report.html"
         )
+        session.console.info(f"recommendations: {ranking_metrics.sentence(found['ranking'])}")
     world.barrier()
     return found
 

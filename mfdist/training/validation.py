@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,17 @@ from mfdist.data.dataset import Dataset
 from mfdist.data.scan import scan
 from mfdist.metrics import SliceSums
 from mfdist.model.models import MF
+from mfdist.model.objective import ITEM, USER
 from mfdist.model.tables import Rows
 from mfdist.results.error_sums import ErrorSums
 from mfdist.results.floors import LaneUsers
+from mfdist.results.item_index import ItemIndex
+from mfdist.results.item_lists import ItemLists
+from mfdist.results.ranking import rank_metrics, ranked_users
 
 CHUNK_ROWS = 1 << 18
+RANKED_ITEMS = 1 << 16
+"""Items that a rank holds at a time while it ranks them."""
 
 
 class Validation:
@@ -60,6 +67,32 @@ class Validation:
         self._predict_all(model, "val", 0.0, 0, add)
         sums.add_ranks(self._world.sum)
         return sums
+
+    @torch.no_grad()
+    def ranking(self, model: MF) -> dict[str, Any]:
+        """``ranking.rank_metrics`` of the model, its tables settled: as its export ranks; every rank calls."""
+        chosen = ranked_users(self._dataset, self._world)
+        return rank_metrics(partial(self._top, model), chosen, self._dataset, self._world)
+
+    def _top(self, model: MF, users: Any, k: int, hidden: ItemLists) -> Any:
+        """The best items of this rank's ``users``, from all items, a part of them at a time; collective."""
+        device = self._world.device
+        mine = self._weights(model.user.read(torch.tensor(users, device=device)))
+        factors = model.form.exported(USER, mine)[0].cpu().numpy()
+        rows, scores = np.full((len(users), k), -1, np.int64), np.full((len(users), k), -np.inf, np.float32)
+        norms = np.linalg.norm(factors, axis=1)
+        for first in range(0, self._dataset.manifest.num_items, RANKED_ITEMS):
+            end = min(first + RANKED_ITEMS, self._dataset.manifest.num_items)
+            rows_of_part = model.item.read(torch.arange(first, end, device=device))
+            item, bias = model.form.exported(ITEM, self._weights(rows_of_part))
+            biases = None if bias is None else bias.cpu().numpy()
+            index = ItemIndex(item.cpu().numpy(), biases, user_norms=norms, device=device)
+            found, score = index.search(factors, k, hidden.between(first, end))
+            # equal scores in the order of their rows, as one index over all items has it
+            both = np.hstack([rows, np.where(found < 0, -1, found + first)]), np.hstack([scores, score])
+            best = np.argsort(-both[1], axis=1, kind="stable")[:, :k]
+            rows, scores = (np.take_along_axis(part, best, axis=1) for part in both)
+        return rows
 
     def _predict_all(
         self, model: MF, split: str, stop_fraction: float, seed: int, add: Callable[[int, Any, Any, Any, Any], None]
