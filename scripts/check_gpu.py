@@ -27,7 +27,6 @@ import contextlib
 import io
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,7 +41,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 CONFIGS = ("vignette_mf", "vignette_mf_advanced", "svd", "recipe")
 CURVE_TOLERANCE = 2e-4
 """RMSE: float32 sums in another order, through the epochs of a training."""
@@ -237,57 +236,19 @@ def recommend(flags: argparse.Namespace, folder: Path) -> Figures:
 
 def feed(flags: argparse.Namespace, folder: Path) -> Figures:
     """Rows of the loader that arrive on the device, in their batches, and that they are the CPU's."""
-    import torch
+    import gpu_speed
 
-    from mfdist.data.dataset import Dataset
-    from mfdist.data.loader import Loader
-
-    dataset = Dataset.open(str(_electronics(flags, folder, "random")))
-    found: Figures = {}
-    sums = []
-    for label, device in (("cpu", "cpu"), ("device", _device(flags))):
-        loader = Loader(dataset, batch_size=65536, seed=1, rank=0, world_size=1, device=torch.device(device))
-        rates = []
-        for epoch in range(3):
-            began, total, rows = time.monotonic(), torch.zeros(3, dtype=torch.float64, device=device), 0
-            for batch in loader.epoch(epoch):
-                rows += len(batch.rating)
-                for k, column in enumerate((batch.user, batch.item, batch.rating)):
-                    total[k] += column.double().sum() * (1 + batch.step % 7)
-            last = total.cpu().tolist()
-            rates.append(rows / (time.monotonic() - began) / 1e6)
-        sums.append(last)
-        found[f"{label}_m_rows_per_second"] = max(rates)
-        loader.close()
-    return {"ok": bool(np.allclose(*sums, rtol=1e-12)), **found}
+    return gpu_speed.feed(_electronics(flags, folder, "random"), _device(flags))
 
 
 def speed(flags: argparse.Namespace, folder: Path) -> Figures:
-    """Exact AdamW on resident batches and through the loader; bytes counted from the distinct rows of each batch."""
-    import torch
+    """Training at the Electronics file's size, resident and fed."""
+    import gpu_speed
 
     device = _device(flags)
-    found: Figures = {"ok": True, "copy_gb_per_second": _copy_bandwidth(device, flags)}
-    for order in ("random", "blocks"):
-        data = _electronics(flags, folder, order)
-        for size in (256,) if flags.small else (65536, 1 << 20):
-            for kind in ("adamw",) if flags.small else ("adamw", "sparse_adam", "rowwise_adagrad", "sgd"):
-                if kind != "adamw" and order == "random":
-                    continue
-                try:
-                    one = _steps_per_second(data, device, kind, size, flags)
-                except Exception:
-                    found["ok"] = False
-                    one = {"error": traceback.format_exc()[-2000:]}
-                if "bytes_per_rating" in one:
-                    one["share_of_copy"] = (
-                        one["resident_m_per_second"] * 1e6 * one["bytes_per_rating"] / found["copy_gb_per_second"] / 1e9
-                    )
-                found[f"{order}_{kind}_{size}"] = one
-                print(order, kind, size, json.dumps(one), flush=True)
-                if device == "cuda":
-                    torch.cuda.empty_cache()
-    return found
+    return gpu_speed.speed(
+        {order: _electronics(flags, folder, order) for order in ("random", "blocks")}, device, flags.small
+    )
 
 
 SECTIONS: dict[str, tuple[Callable[[argparse.Namespace, Path], Figures], float]] = {
@@ -376,121 +337,6 @@ def _apart(one: Path, two: Path) -> float:
     )
 
 
-def _copy_bandwidth(device: str, flags: argparse.Namespace) -> float:
-    """GB/s of a large copy on the device, bytes read and written counted."""
-    import torch
-
-    numbers = 1 << (20 if flags.small else 29)
-    source, target = (torch.empty(numbers, device=device).normal_() for _ in range(2))
-    seconds = []
-    for _ in range(8):
-        _wait(device)
-        began = time.perf_counter()
-        target.copy_(source)
-        _wait(device)
-        seconds.append(time.perf_counter() - began)
-    return 8 * numbers / statistics.median(seconds) / 1e9
-
-
-def _wait(device: str) -> None:
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _steps_per_second(data: Path, device: str, kind: str, size: int, flags: argparse.Namespace) -> Figures:
-    import torch
-
-    from mfdist.cluster.world import World
-    from mfdist.data.dataset import Dataset
-    from mfdist.data.loader import Loader
-    from mfdist.model.gpu_step import GpuStep
-    from mfdist.model.models import ITEM_TABLE, USER_TABLE, Form, MFAdvanced
-    from mfdist.model.objective import Objective
-    from mfdist.model.optimizers import RowOptimizer
-    from mfdist.model.tables import ShardedTable, item_layout, user_layout
-
-    dataset = Dataset.open(str(data))
-    world = World.alone(device)
-    loader = Loader(dataset, batch_size=size, seed=1, rank=0, world_size=1, device=world.device)
-    form = Form(model="mf_advanced", dim=32, bias=True, init=True, sigmoid_range=(0.5, 5.5))
-    rate = {"adamw": 0.0005, "sparse_adam": 0.0005, "rowwise_adagrad": 0.05, "sgd": 1.0}[kind]
-    optimizer = RowOptimizer(kind=kind, lr=rate, weight_decay=0.01, total_steps=20 * loader.num_steps)
-    user = ShardedTable(user_layout(dataset.manifest, 1), form.width, optimizer, world, at_home=True)
-    item = ShardedTable(item_layout(dataset.manifest, 1), form.width, optimizer, world, at_home=False)
-    for number, table in ((USER_TABLE, user), (ITEM_TABLE, item)):
-        table.initialise(lambda first, end, number=number: form.initial(1, number, first, end))  # type: ignore[misc]
-    model = MFAdvanced(form, user, item)
-    step = GpuStep(model, optimizer, Objective())
-    batches, rows, distinct = [], 0, [0, 0]
-    for batch in loader.epoch(0):
-        if len(batch.rating) == size:
-            columns = (batch.user.clone(), batch.item.clone(), batch.rating.clone())
-            batches.append(columns)
-            distinct = [count + len(torch.unique(column)) for count, column in zip(distinct, columns, strict=False)]
-            rows += size
-        if flags.small and len(batches) == 2:
-            break
-
-    def epoch_of_resident() -> float:
-        _wait(device)
-        began = time.perf_counter()
-        for columns in batches:
-            step(*columns, size)
-        _wait(device)
-        return rows / (time.perf_counter() - began) / 1e6
-
-    epoch_of_resident()  # compiles, records graphs
-    resident = [epoch_of_resident() for _ in range(2 if flags.small else 5)]
-    fed = []
-    for number in range(1 if flags.small else 3):
-        _wait(device)
-        began = time.perf_counter()
-        count = 0
-        for batch in loader.epoch(1 + number):
-            step(batch.user, batch.item, batch.rating, batch.global_rows)
-            count += len(batch.rating)
-            if flags.small:
-                break
-        _wait(device)
-        fed.append(count / (time.perf_counter() - began) / 1e6)
-    loader.close()
-    spent = _kernel_seconds(step, batches, size, device)
-    stride = 4 * user.packed.shape[-1] if user.packed.ndim > 1 else 0
-    table_bytes = sum(2 * stride * count for count in distinct) / rows
-    # The buffers between the passes: an item's row written once a batch and read by each rating; a user's likewise.
-    buffers = 2 * 4 * form.width * (1 + sum(distinct) / rows / 2) + 12 + 8 * 4
-    return {
-        "resident_m_per_second": statistics.median(resident), "fed_m_per_second": statistics.median(fed),
-        "distinct_users": distinct[0] / rows, "distinct_items": distinct[1] / rows,
-        "bytes_per_rating": table_bytes + buffers, "peak_gib": _peak(device), "row_bytes": stride,
-        "microseconds_a_step": spent,
-    }  # fmt: skip
-
-
-def _kernel_seconds(step: Any, batches: list[Any], size: int, device: str) -> dict[str, float]:
-    """Microseconds a step of the kernels that take most of it."""
-    if device != "cuda":
-        return {}
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    chosen = batches[:5]
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        for columns in chosen:
-            step(*columns, size)
-        torch.cuda.synchronize()
-    times = sorted(((one.self_device_time_total, one.key) for one in seen.key_averages()), reverse=True)[:10]
-    return {name[:60]: round(time / len(chosen), 1) for time, name in times}
-
-
-def _peak(device: str) -> float:
-    import torch
-
-    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-
-
 # All of it ------------------------------------------------------------------------------------------
 
 
@@ -508,20 +354,6 @@ def run_section(flags: argparse.Namespace) -> None:
     flags.out.write_text(json.dumps({**found, "seconds": time.monotonic() - began}, indent=1))
 
 
-def machine() -> Figures:
-    import torch
-
-    found: Figures = {"torch": torch.__version__, "cpus": os.cpu_count(), "python": sys.version.split()[0]}
-    with contextlib.suppress(ImportError):
-        import triton
-
-        found["triton"] = triton.__version__
-    if torch.cuda.is_available():
-        about = torch.cuda.get_device_properties(0)
-        found |= {"device": about.name, "memory_gib": about.total_memory / 2**30, "sms": about.multi_processor_count}
-    return found
-
-
 def main() -> int:
     flags = arguments()
     if _device(flags) == "cpu":
@@ -529,6 +361,8 @@ def main() -> int:
     if flags.section:
         run_section(flags)
         return 0
+    import gpu_speed  # after the environment is set: it imports triton
+
     began, results = time.monotonic(), {}
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -550,10 +384,10 @@ def main() -> int:
                 log.write(done.stdout[-6000:] + done.stderr[-6000:])
             missing = f"ended or ran past {limit:.0f} s without a result\n{log.getvalue()}"
             results[name] = json.loads(out.read_text()) if out.exists() else {"ok": False, "error": missing}
-            flags.out.write_text(json.dumps({"machine": machine(), "sections": results}, indent=1))
+            flags.out.write_text(json.dumps({"machine": gpu_speed.machine(), "sections": results}, indent=1))
             seconds = results[name].get("seconds", limit)
             print(f"{'pass' if results[name]['ok'] else 'FAIL'}  {name}  {seconds:.0f} s", flush=True)
-    print(json.dumps(machine()))
+    print(json.dumps(gpu_speed.machine()))
     for name, found in results.items():
         short = {key: value for key, value in found.items() if key not in ("output", "ends")}
         print(f"{name}: {json.dumps(short)[:1500]}")

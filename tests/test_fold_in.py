@@ -76,9 +76,9 @@ def test_members_are_solved_one_by_one_with_what_was_rated_beside(tmp_path, data
     share = torch.full((20,), 1 / 20, dtype=torch.float64)
     scores = form.member_scores(stored, item_rows, torch.tensor([model.exported.offset]), share)
     errors = torch.from_numpy(ratings.astype(float))[:, None] - scores
-    pulls = torch.full((6,), 20 * 0.03 + 6.0, dtype=torch.float64)
-    pulls[1::3], pulls[0::3] = 20 * 0.01 + 5.0, 20 * 0.01 + 8.0
-    loss = errors.square().sum() + (pulls * own.square()).sum()
+    penalties = torch.full((6,), 20 * 0.03 + 6.0, dtype=torch.float64)
+    penalties[1::3], penalties[0::3] = 20 * 0.01 + 5.0, 20 * 0.01 + 8.0
+    loss = errors.square().sum() + (penalties * own.square()).sum()
     (slope,) = torch.autograd.grad(loss, own)
     assert float(slope.abs().max()) < 1e-4
     biases = own.detach()[1::3]

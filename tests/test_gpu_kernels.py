@@ -91,9 +91,9 @@ class ReferenceStep:
         penalty = torch.zeros(())
         for side, index, rows in ((USER, user, scored.user), (ITEM, item, scored.item)):
             if self.shares:
-                pulls = torch.from_numpy(self.objective.pulls(side, form.dim, form.width, 0))
+                penalties = torch.from_numpy(self.objective.penalties(side, form.dim, form.width, 0))
                 share = torch.from_numpy(self.shares[side])[index.long(), None]
-                penalty = penalty + ((pulls[0] + share * pulls[1]) * rows.square()).sum()
+                penalty = penalty + ((penalties[0] + share * penalties[1]) * rows.square()).sum()
         loss = error.square().sum()
         model.zero_grad()
         ((loss + penalty) * self.objective.weight(global_rows)).backward()
@@ -251,7 +251,7 @@ POINTERS = {"lasts": "i32", "rows": "i32", "starts": "i32", "count": "i32", "ord
             "item_slot": "i32", "user_slot": "i32", "other_slot": "i32", "slot": "i32", "clock": "i32", "head": "i32",
             "ids": "i32"}
 SCALARS = {"scale": "fp32", "low": "fp32", "span": "fp32", "n": "i32", "blocks": "i32",
-           "pulls": ("*fp32", "fp32", "fp32", "fp32", "fp32")}
+           "penalties": ("*fp32", "fp32", "fp32", "fp32", "fp32")}
 SCALARS["rules"] = ("*fp64", "*fp32", "*fp32", "*fp32", "i32", "i32", "fp32", "fp32", "fp32")
 KERNELS = {
     "heads": {"n": "i32"}, "list_rows": {}, "gather": {}, "settle": {"number": "i32"}, "user_pass": {}, "row_pass": {},

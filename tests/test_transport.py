@@ -263,8 +263,8 @@ def test_sections_go_through_a_narrow_connection_whole_and_in_order():
     assert state[0, sockets.COUNT] == 4  # an empty one is none
     turns = 0
     while True:
-        sent = sockets.push(first.fileno(), sections[0], state[0])
-        came = sockets.pull(second.fileno(), sections[1], state[1])
+        sent = sockets.send_some(first.fileno(), sections[0], state[0])
+        came = sockets.receive_some(second.fileno(), sections[1], state[1])
         turns += 1
         assert sent in (sockets.MOVING, sockets.WHOLE)
         if came == sockets.WHOLE:
@@ -272,12 +272,12 @@ def test_sections_go_through_a_narrow_connection_whole_and_in_order():
     assert turns > 2 and all((a == b).all() for a, b in zip(parts, targets, strict=True))
     sockets.clear_message(state[1])
     sockets.add_section(sections[1], state[1], targets[0].ctypes.data, 64)
-    assert sockets.pull(second.fileno(), sections[1], state[1]) == sockets.MOVING
+    assert sockets.receive_some(second.fileno(), sections[1], state[1]) == sockets.MOVING
     first.close()
-    assert sockets.pull(second.fileno(), sections[1], state[1]) == sockets.CLOSED
+    assert sockets.receive_some(second.fileno(), sections[1], state[1]) == sockets.CLOSED
     sockets.clear_message(state[0])
     sockets.add_section(sections[0], state[0], parts[0].ctypes.data, 64)
-    assert sockets.push(second.fileno(), sections[0], state[0]) < 0  # and no signal ends the process
+    assert sockets.send_some(second.fileno(), sections[0], state[0]) < 0  # and no signal ends the process
     second.close()
 
 

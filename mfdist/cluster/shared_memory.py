@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfdist.errors import LostRankError
-from mfdist.kernels.machine import arrive, arrived_at
+from mfdist.kernels.machine import all_arrived, arrive
 
 LINE_BYTES = 128
 """Each rank's counter has two cache lines to itself: processors fetch them in pairs."""
@@ -130,14 +130,14 @@ class SharedMemory:
     def wait(self) -> None:
         """Return when every rank has signalled as often as this one; LostRankError where one never will."""
         aim = self.signals[self.rank, SIGNALS]
-        if not arrived_at(self.signals, aim):
+        if not all_arrived(self.signals, aim):
             self._wait_long(aim)
 
     def _wait_long(self, aim: np.int64) -> None:
         began, sleep = time.monotonic(), 0.0
         while True:
             lost = bool(self.signals[:, LEFT].any()) or bool(self._watch.poll(0))
-            if arrived_at(self.signals, aim):  # its last signal may have come before it left
+            if all_arrived(self.signals, aim):  # its last signal may have come before it left
                 return
             waited = time.monotonic() - began
             if lost or waited > self._timeout_seconds:

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 from mfdist.config import parse_config
 from mfdist.errors import exit_code_of
-from mfdist.run.checkpoint_tool import HousekeepingConfig, look_after
+from mfdist.run.checkpoint_tool import HousekeepingConfig, manage_checkpoints
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(HousekeepingConfig, argv, __doc__ or "")
-    look_after(config, print)
+    manage_checkpoints(config, print)
     return 0
 
 

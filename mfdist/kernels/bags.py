@@ -25,7 +25,7 @@ def leading_biases(shape: Any) -> Any:
 
 @inlined
 def join_bag(shape: Any, was: Any, table: Any, base: Any, weight: Any) -> None:
-    """Add the bag of the row at ``base`` to the factors in ``was``, and put its pull and ``weight`` behind them."""
+    """Add the bag of the row at ``base`` to the factors in ``was``, and put its gradient and ``weight`` behind them."""
     dim, width = shape[0] * shape[4], shape[1]
     bag, behind = table[base + width : base + width + dim], was[width : width + dim]
     add_times(was, np.float32(1), bag, 0, dim)
@@ -38,27 +38,27 @@ def refill(
     shape: Any, table: Any, base: Any, items: Any, item_slot: Any, order: Any, first: Any, end: Any, slope: Any,
     share: Any, weight: Any,
 ) -> None:  # fmt: skip
-    """Renew bag and pull of the row at ``base`` by the ratings ``order[first:end]``, see ``model.Form.implicit``."""
+    """Renew bag and bag gradient of the row at ``base`` by the ratings ``order[first:end]``, see ``Form.implicit``."""
     part, width, members, lead = shape[0], shape[1], shape[4], leading_biases(shape)
     dim = part * members
     bag = table[base + width : base + width + dim]
-    pull = table[base + width + dim : base + width + 2 * dim]
+    bag_gradient = table[base + width + dim : base + width + 2 * dim]
     gone = -np.float32(end - first) * share
     add_times(bag, gone, bag, 0, dim)
-    add_times(pull, gone, pull, 0, dim)
+    add_times(bag_gradient, gone, bag_gradient, 0, dim)
     for place in range(first, end):
         k = order[place]
         item = items[item_slot[k]]
         add_times(bag, weight, item, 0, dim)
         for member in range(members):
-            add_times(pull, weight * slope[k * members + member], item, member * part, part)
+            add_times(bag_gradient, weight * slope[k * members + member], item, member * part, part)
     for member in range(members):
         for d in range(member * part, member * part + lead):
-            bag[d] = pull[d] = 0
+            bag[d] = bag_gradient[d] = 0
 
 
 @inlined
-def add_pull(shape: Any, grad: Any, own: Any, user: Any, slope: Any, k: Any) -> None:
+def add_bag_gradient(shape: Any, grad: Any, own: Any, user: Any, slope: Any, k: Any) -> None:
     """Add to an item's ``grad`` what rating ``k`` brings through its user's bag, the item's own part in it left out."""
     part, width, members, lead = shape[0], shape[1], shape[4], leading_biases(shape)
     dim = part * members

@@ -10,7 +10,7 @@ from mfdist.kernels.machine import inlined, prefetch, prefetch_far, unsigned
 from mfdist.kernels.vectors import LANES, SIXTEEN, fma, load, spread, store, total
 
 FAR, NEAR = 16, 8
-"""Rows between the one in work and the one that is asked for into the second cache, and into the first."""
+"""Rows between the one in work and the one that is fetched ahead into the second cache, and into the first."""
 FAR_RATINGS = 8
 """The same in ratings, whose rows lie in buffers of this batch."""
 
@@ -29,8 +29,8 @@ def aligned(space: Any, width: Any) -> Any:
 
 
 @inlined
-def ask_pages(table: Any, rows: Any, j: Any, size: Any, high: Any, stride: Any) -> None:
-    """Ask for where ``size`` rows begin, those that :func:`ask` will ask for next, after ``rows[j]``.
+def prefetch_pages(table: Any, rows: Any, j: Any, size: Any, high: Any, stride: Any) -> None:
+    """Prefetch where ``size`` rows begin, those that :func:`prefetch_row` comes to next, after ``rows[j]``.
 
     An access to a page whose address is not known holds up all that follows it; several in a row wait together.
     """
@@ -39,8 +39,8 @@ def ask_pages(table: Any, rows: Any, j: Any, size: Any, high: Any, stride: Any) 
 
 
 @inlined
-def ask(table: Any, rows: Any, j: Any, high: Any, stride: Any) -> None:
-    """Ask for the packed rows of ``table`` that follow ``rows[j]`` at some distance, before ``rows[high]``."""
+def prefetch_row(table: Any, rows: Any, j: Any, high: Any, stride: Any) -> None:
+    """Prefetch the packed rows of ``table`` that follow ``rows[j]`` at some distance, before ``rows[high]``."""
     if j + FAR < high:
         first = np.int64(rows[unsigned(j + FAR)]) * stride
         for k in range(first, first + stride, LANES):
@@ -54,26 +54,26 @@ def ask(table: Any, rows: Any, j: Any, high: Any, stride: Any) -> None:
 
 
 @inlined
-def ask_line(buffer: Any, line: Any, width: Any) -> None:
-    """Ask for the first ``width`` columns of ``buffer[line]``."""
+def prefetch_line(buffer: Any, line: Any, width: Any) -> None:
+    """Prefetch the first ``width`` columns of ``buffer[line]``."""
     ahead = buffer[unsigned(line)]
     for k in range(0, width, LANES):
         prefetch_far(ahead, k)
 
 
 @inlined
-def ask_to_write(buffer: Any, line: Any, width: Any) -> None:
-    """Ask for the first ``width`` columns of ``buffer[line]``, to write them; another processor has read them since."""
+def prefetch_to_write(buffer: Any, line: Any, width: Any) -> None:
+    """Prefetch the first ``width`` columns of ``buffer[line]``, to write them: another processor has read them."""
     ahead = buffer[unsigned(line)]
     for k in range(0, width, LANES):
         prefetch(ahead, k)
 
 
 @inlined
-def ask_row(buffer: Any, slot: Any, order: Any, q: Any, number: Any, width: Any) -> None:
-    """Ask for the row of ``buffer`` that rating ``order[q]`` of ``number`` will read."""
+def prefetch_of_rating(buffer: Any, slot: Any, order: Any, q: Any, number: Any, width: Any) -> None:
+    """Prefetch the row of ``buffer`` that rating ``order[q]`` of ``number`` will read."""
     if q < number:
-        ask_line(buffer, slot[unsigned(order[unsigned(q)])], width)
+        prefetch_line(buffer, slot[unsigned(order[unsigned(q)])], width)
 
 
 @inlined

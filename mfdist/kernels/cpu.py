@@ -18,22 +18,22 @@ from typing import Any
 
 import numpy as np
 
-from mfdist.kernels.bags import add_pull, join_bag, leading_biases, refill, stride_with_bag
+from mfdist.kernels.bags import add_bag_gradient, join_bag, leading_biases, refill, stride_with_bag
 from mfdist.kernels.columns import (
     FAR,
     FAR_RATINGS,
     add_times,
     aligned,
-    ask,
-    ask_pages,
-    ask_row,
-    ask_to_write,
     clear,
     dot,
     exponential,
+    prefetch_of_rating,
+    prefetch_pages,
+    prefetch_row,
+    prefetch_to_write,
 )  # fmt: skip
 from mfdist.kernels.grouping import cut, group
-from mfdist.kernels.machine import bare, inlined, kernel, meet, moment, numbers_of, unsigned
+from mfdist.kernels.machine import bare, barrier, inlined, kernel, numbers_of, short_kernel, unsigned
 from mfdist.kernels.packed import TERMS, catch_up, move, penalise
 from mfdist.kernels.vectors import LANES
 
@@ -53,7 +53,7 @@ def gather(
     space = np.empty((2, TERMS), np.float32)
     terms = bare(space)
     for j in range(low, high):
-        ask(table, rows, j, high, stride)
+        prefetch_row(table, rows, j, high, stride)
         base = np.int64(rows[unsigned(j)]) * stride
         place = unsigned(base + stride - 1)
         last = lasts[place]
@@ -62,27 +62,62 @@ def gather(
     space[0, 0] = 0  # it lives until here
 
 
+@inlined
+def score_rating(
+    shape: Any, user: Any, item: Any, grad: Any, rating: Any, slope: Any, first_slope: Any, bag_weight: Any,
+    numbers: Any,
+) -> Any:  # fmt: skip
+    """Score one rating by every member: writes their slopes to ``slope`` from ``first_slope`` on, adds the user's
+    gradient to ``grad`` (width,), and returns the sum of the members' errors."""
+    part, _width, _stride, _kind, members, user_bias, item_bias = shape
+    one = np.float32(1)
+    scale, low, span, sigmoid, offset, implicit = (
+        numbers[7], numbers[8], numbers[9], numbers[10], numbers[11], numbers[13],
+    )  # fmt: skip
+    errors = np.float32(0)
+    for member in range(members):
+        first = member * part
+        score = offset + dot(user, item, first, part)
+        if user_bias >= 0:
+            score += user[unsigned(first + user_bias)] + item[unsigned(first + item_bias)]
+        if implicit > 0:
+            square = dot(item, item, first, part)
+            for d in range(first, first + leading_biases(shape)):
+                square -= item[d] * item[d]
+            score -= bag_weight * square
+        if sigmoid > 0:
+            s = one / (one + exponential(-score))
+            e = low + span * s - rating
+            c = scale * e * span * s * (one - s)
+        else:
+            e = score - rating
+            c = scale * e
+        errors += e
+        slope[unsigned(first_slope + member)] = c
+        add_times(grad, c, item, first, part)
+        if user_bias >= 0:
+            grad[unsigned(first + user_bias)] += c
+    return errors
+
+
 @kernel
 def user_pass(
     shape: Any, table: Any, lasts: Any, rows: Any, starts: Any, order: Any, low: Any, high: Any, item_slot: Any,
-    items: Any, rating: Any, before: Any, slope: Any, error: Any, pulls: Any, shares: Any, now: Any, rules: Any,
+    items: Any, rating: Any, before: Any, slope: Any, error: Any, penalties: Any, shares: Any, now: Any, rules: Any,
     numbers: Any,
 ) -> None:  # fmt: skip
     """Users ``rows[low:high]``: catch up, score, update. Writes their weights as they were to ``before`` (row
     by row), per rating the error, and per rating and member ``slope``, the derivative of the loss by the score.
 
-    ``pulls`` and ``shares``: see :func:`penalise`."""
+    ``penalties`` and ``shares``: see :func:`penalise`."""
     shape = numbers_of(shape)
-    part, width, stride, _kind, members, user_bias, item_bias = shape
+    width, stride, members = shape[1], shape[2], shape[4]
     number = rating.size
-    one = np.float32(1)
-    scale, base_rating, span, sigmoid, offset = numbers[7], numbers[8], numbers[9], numbers[10], numbers[11]
-    share_of_members = one / np.float32(members)
-    implicit = numbers[13]
+    scale, implicit = numbers[7], numbers[13]
+    share_of_members = np.float32(1) / np.float32(members)
     if implicit > 0:
         stride = stride_with_bag(shape)
-    lead = leading_biases(shape)
-    pulls, shares = bare(pulls), bare(shares)
+    penalties, shares = bare(penalties), bare(shares)
     table, lasts, rows, starts, order = bare(table), bare(lasts), bare(rows), bare(starts), bare(order)
     item_slot, items, rating, before = bare(item_slot), bare(items), bare(rating), bare(before)
     slope, error, numbers = bare(slope), bare(error), bare(numbers)
@@ -91,48 +126,27 @@ def user_pass(
     terms, grad = bare(space), aligned(bare(unaligned), width)
     for chunk in range(low, high, CHUNK):
         end = min(chunk + CHUNK, high)
-        ask_pages(table, rows, chunk, CHUNK, high, stride)
+        prefetch_pages(table, rows, chunk, CHUNK, high, stride)
         for j in range(chunk, end):
-            ask(table, rows, j, high, stride)
+            prefetch_row(table, rows, j, high, stride)
             base = np.int64(rows[unsigned(j)]) * stride
             last = lasts[unsigned(base + stride - 1)]
             catch_up(shape, table, base, last, now, rules, numbers, terms, before[unsigned(j)])
         for j in range(chunk, end):
             base, was = np.int64(rows[unsigned(j)]) * stride, before[unsigned(j)]
             clear(grad, width)
-            penalise(grad, was, starts[j + 1] - starts[j], pulls, shares, rows[j], scale)
+            penalise(grad, was, starts[j + 1] - starts[j], penalties, shares, rows[j], scale)
             bag_weight = np.float32(0)
             if implicit > 0:
                 bag_weight = implicit * np.sqrt(shares[rows[j]])
                 join_bag(shape, was, table, base, bag_weight)
             for place in range(starts[unsigned(j)], starts[unsigned(j + 1)]):
                 k = order[unsigned(place)]
-                ask_row(items, item_slot, order, place + FAR_RATINGS, number, width)
+                prefetch_of_rating(items, item_slot, order, place + FAR_RATINGS, number, width)
                 item = items[unsigned(item_slot[unsigned(k)])]
-                mean = np.float32(0)
-                for member in range(members):
-                    first = member * part
-                    score = offset + dot(was, item, first, part)
-                    if user_bias >= 0:
-                        score += was[unsigned(first + user_bias)] + item[unsigned(first + item_bias)]
-                    if implicit > 0:
-                        square = dot(item, item, first, part)
-                        for d in range(first, first + lead):
-                            square -= item[d] * item[d]
-                        score -= bag_weight * square
-                    if sigmoid > 0:
-                        s = one / (one + exponential(-score))
-                        e = base_rating + span * s - rating[unsigned(k)]
-                        c = scale * e * span * s * (one - s)
-                    else:
-                        e = score - rating[unsigned(k)]
-                        c = scale * e
-                    mean += e
-                    slope[unsigned(k * members + member)] = c
-                    add_times(grad, c, item, first, part)
-                    if user_bias >= 0:
-                        grad[unsigned(first + user_bias)] += c
-                error[unsigned(k)] = mean * share_of_members
+                error[unsigned(k)] = share_of_members * score_rating(
+                    shape, was, item, grad, rating[unsigned(k)], slope, k * members, bag_weight, numbers
+                )
             if implicit > 0:
                 refill(
                     shape, table, base, items, item_slot, order, starts[j], starts[j + 1], slope, shares[rows[j]],
@@ -153,7 +167,7 @@ def add_up(
     reach = part * members if implicit <= 0 else width + part * members + 1
     for place in range(first, end):
         k = order[unsigned(place)]
-        ask_row(before, user_slot, order, place + FAR_RATINGS, number, reach)
+        prefetch_of_rating(before, user_slot, order, place + FAR_RATINGS, number, reach)
         user = before[unsigned(user_slot[unsigned(k)])]
         for member in range(members):
             begin, c = member * part, slope[unsigned(k * members + member)]
@@ -161,27 +175,27 @@ def add_up(
             if item_bias >= 0:
                 grad[unsigned(begin + item_bias)] += c
         if implicit > 0:
-            add_pull(shape, grad, own, user, slope, k)
+            add_bag_gradient(shape, grad, own, user, slope, k)
 
 
 @kernel
 def item_pass(
     shape: Any, table: Any, lasts: Any, rows: Any, starts: Any, order: Any, low: Any, high: Any, user_slot: Any,
-    own: Any, before: Any, slope: Any, pulls: Any, shares: Any, now: Any, numbers: Any,
+    own: Any, before: Any, slope: Any, penalties: Any, shares: Any, now: Any, numbers: Any,
 ) -> None:  # fmt: skip
     """Items ``rows[low:high]``, gathered before (``own``): gradient from the users' ``before``, then update."""
     shape = numbers_of(shape)
     width, stride = shape[1], shape[2]
     table, lasts, rows, starts, order = bare(table), bare(lasts), bare(rows), bare(starts), bare(order)
     user_slot, own, before, slope, numbers = bare(user_slot), bare(own), bare(before), bare(slope), bare(numbers)
-    pulls, shares = bare(pulls), bare(shares)
+    penalties, shares = bare(penalties), bare(shares)
     number = slope.size // shape[4]
     space = np.empty(width + LANES, np.float32)
     grad = aligned(bare(space), width)
     for j in range(low, high):
-        ask(table, rows, j, high, stride)
+        prefetch_row(table, rows, j, high, stride)
         clear(grad, width)
-        penalise(grad, own[j], starts[j + 1] - starts[j], pulls, shares, rows[j], numbers[7])
+        penalise(grad, own[j], starts[j + 1] - starts[j], penalties, shares, rows[j], numbers[7])
         add_up(shape, grad, own[j], starts[j], starts[j + 1], order, user_slot, before, slope, number, numbers[13])
         base = np.int64(rows[unsigned(j)]) * stride
         move(shape, table, base, grad, numbers)
@@ -192,7 +206,7 @@ def item_pass(
 @kernel
 def gradient(
     shape: Any, rows: Any, starts: Any, order: Any, low: Any, high: Any, user_slot: Any, lines: Any, own: Any,
-    before: Any, slope: Any, pulls: Any, shares: Any, numbers: Any, out: Any,
+    before: Any, slope: Any, penalties: Any, shares: Any, numbers: Any, out: Any,
 ) -> None:  # fmt: skip
     """The gradients of items ``low`` to ``high`` alone, for an owner elsewhere: float32 ``out`` (lines, width).
 
@@ -201,15 +215,15 @@ def gradient(
     width = shape[1]
     rows, starts, order, user_slot, own = bare(rows), bare(starts), bare(order), bare(user_slot), bare(own)
     before, slope, numbers, out, lines = bare(before), bare(slope), bare(numbers), bare(out), bare(lines)
-    pulls, shares = bare(pulls), bare(shares)
+    penalties, shares = bare(penalties), bare(shares)
     number = slope.size // shape[4]
     for j in range(low, high):
         if j + FAR < high:
-            ask_to_write(out, lines[j + FAR], width)
+            prefetch_to_write(out, lines[j + FAR], width)
         line = lines[unsigned(j)]
         grad = out[unsigned(line), :width]
         clear(grad, width)
-        penalise(grad, own[unsigned(line)], starts[j + 1] - starts[j], pulls, shares, rows[j], numbers[7])
+        penalise(grad, own[unsigned(line)], starts[j + 1] - starts[j], penalties, shares, rows[j], numbers[7])
         add_up(
             shape, grad, own[unsigned(line)], starts[j], starts[j + 1], order, user_slot, before, slope, number,
             numbers[13],
@@ -220,7 +234,7 @@ def gradient(
 def whole_step(
     thread: Any, threads: Any, gate: Any, passed: Any, ratings: Any, now: Any, shape: Any, batch: Any, by_user: Any,
     by_item: Any, counts: Any, user_table: Any, user_lasts: Any, item_table: Any, item_lasts: Any, own: Any,
-    before: Any, slope: Any, error: Any, user_pulls: Any, item_pulls: Any, user_shares: Any, item_shares: Any,
+    before: Any, slope: Any, error: Any, user_penalties: Any, item_penalties: Any, user_shares: Any, item_shares: Any,
     rules: Any, numbers: Any,
 ) -> None:  # fmt: skip
     """The step of one process, by ``threads`` threads that all call this; ``gate[0]`` (int64) is ``passed`` before.
@@ -235,26 +249,26 @@ def whole_step(
         counts[0] = group(user, by_user[0], by_user[1], by_user[2], by_user[3], by_user[4])
     if thread == threads - 1:
         counts[1] = group(item, by_item[0], by_item[1], by_item[2], by_item[3], by_item[4])
-    passed = meet(gate, threads, passed)
+    passed = barrier(gate, threads, passed)
     users, items = counts[0], counts[1]
     low, high = items * thread // threads, items * (thread + 1) // threads
     gather(shape, item_table, item_lasts, by_item[2], low, high, own, now, rules, numbers)
-    passed = meet(gate, threads, passed)
+    passed = barrier(gate, threads, passed)
     low, high = cut(by_user[3], users, thread, threads), cut(by_user[3], users, thread + 1, threads)
     user_pass(
         shape, user_table, user_lasts, by_user[2], by_user[3], by_user[0], low, high, by_item[4], own, rating, before,
-        slope, error, user_pulls, user_shares, now, rules, numbers,
+        slope, error, user_penalties, user_shares, now, rules, numbers,
     )  # fmt: skip
-    passed = meet(gate, threads, passed)
+    passed = barrier(gate, threads, passed)
     low, high = cut(by_item[3], items, thread, threads), cut(by_item[3], items, thread + 1, threads)
     item_pass(
         shape, item_table, item_lasts, by_item[2], by_item[3], by_item[0], low, high, by_user[4], own, before, slope,
-        item_pulls, item_shares, now, numbers,
+        item_penalties, item_shares, now, numbers,
     )  # fmt: skip
-    meet(gate, threads, passed)
+    barrier(gate, threads, passed)
 
 
-@moment
+@short_kernel
 def sums(error: Any, slope: Any) -> tuple[float, float]:
     """(sum of squared errors, sum of slopes), float64."""
     squares, slopes = 0.0, 0.0

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mfdist.kernels.cpu import whole_step
-from mfdist.kernels.machine import arrive, arrived, kernel, look_for, moment
+from mfdist.kernels.machine import arrive, arrived, kernel, short_kernel, wait_briefly
 
 WAITS = 4
 """Times that the threads of a step wait for each other, with the one at the end."""
@@ -23,14 +23,14 @@ this step, and whether there will be no more steps."""
 
 
 @kernel
-def follow(thread: Any, seen: Any, go: Any, naps: Any, control: Any, threads: Any, gate: Any, step: Any) -> Any:
+def follow(thread: Any, seen: Any, go: Any, sleeps: Any, control: Any, threads: Any, gate: Any, step: Any) -> Any:
     """Take part as ``thread`` in every step that ``go[0]`` (int64) counts after the first ``seen``.
 
-    Returns the steps seen when it found none for a while, having added one to ``naps[0]`` (int64); -1 at the end.
+    Returns the steps seen when it found none for a while, having added one to ``sleeps[0]`` (int64); -1 at the end.
     """
     while True:
-        if not look_for(go, seen + 1):
-            arrive(naps)
+        if not wait_briefly(go, seen + 1):
+            arrive(sleeps)
             if arrived(go) <= seen:
                 return seen
         seen += 1
@@ -39,14 +39,14 @@ def follow(thread: Any, seen: Any, go: Any, naps: Any, control: Any, threads: An
         whole_step(thread, threads, gate, control[PASSED], control[RATINGS], control[NOW], *step)
 
 
-@moment
-def announce(go: Any, naps: Any, counted: Any) -> None:
-    """Count a step in ``go[0]``, then copy to ``counted`` (int64) how often each helper has lain down until now.
+@short_kernel
+def announce(go: Any, sleeps: Any, counted: Any) -> None:
+    """Count a step in ``go[0]``, then copy to ``counted`` (int64) how often each helper has gone to sleep until now.
 
-    Who counts a nap looks for a step once more before it lies down, so that one of both sees the other."""
+    A helper that counts a sleep looks for a step once more before it sleeps, so that one of both sees the other."""
     arrive(go)
     for k in range(len(counted)):
-        counted[k] = arrived(naps[k])
+        counted[k] = arrived(sleeps[k])
 
 
 class Crew:
@@ -58,14 +58,14 @@ class Crew:
     def __init__(self, threads: int, step: tuple[Any, ...]) -> None:
         self.threads, self._step = threads, step
         self._gate, self._go, self._control = (np.zeros(16, np.int64) for _ in range(3))  # cache lines of their own
-        self._naps = np.zeros((threads - 1, 16), np.int64)
+        self._sleeps = np.zeros((threads - 1, 16), np.int64)
         self._counted, self._passed = np.zeros(threads - 1, np.int64), 0
         self._woken = [0] * (threads - 1)
-        self._beds = [threading.Semaphore(0) for _ in range(threads - 1)]
+        self._wakers = [threading.Semaphore(0) for _ in range(threads - 1)]
         self._control[STOP] = 1
         self._go[0] = 1
         if threads > 1:
-            follow(1, 0, self._go, self._naps[0], self._control, threads, self._gate, step)  # compiles
+            follow(1, 0, self._go, self._sleeps[0], self._control, threads, self._gate, step)  # compiles
         self._go[0] = self._control[STOP] = 0
         self._threads = [threading.Thread(target=self._follow, args=(k,), daemon=True) for k in range(threads - 1)]
         for thread in self._threads:
@@ -93,17 +93,17 @@ class Crew:
 
     def _call(self) -> None:
         """Announce a step, and wake who sleeps."""
-        announce(self._go, self._naps, self._counted)
-        for k, naps in enumerate(self._counted.tolist()):
-            if naps != self._woken[k]:
-                self._woken[k] = naps
-                self._beds[k].release()
+        announce(self._go, self._sleeps, self._counted)
+        for k, sleeps in enumerate(self._counted.tolist()):
+            if sleeps != self._woken[k]:
+                self._woken[k] = sleeps
+                self._wakers[k].release()
 
     def _follow(self, k: int) -> None:
         seen = 0
         while seen >= 0:
             seen = follow(
-                k + 1, seen, self._go, self._naps[k], self._control, self.threads, self._gate, self._step
+                k + 1, seen, self._go, self._sleeps[k], self._control, self.threads, self._gate, self._step
             )  # fmt: skip
             if seen >= 0:
-                self._beds[k].acquire()
+                self._wakers[k].acquire()

@@ -30,7 +30,7 @@ import numpy as np
 
 from mfdist.kernels.cpu import sums
 from mfdist.kernels.grouping import group
-from mfdist.kernels.machine import kernel, meet, numbers_of
+from mfdist.kernels.machine import barrier, kernel, numbers_of
 from mfdist.kernels.messages import expect, post_gradients, post_rows, take
 from mfdist.kernels.narrowing import narrow_lines, widen_lines
 from mfdist.kernels.ranks import gather_for_ranks, learn, update_from_ranks
@@ -75,7 +75,7 @@ BEGIN, WAIT_FOR_ROWS, WAIT_FOR_GRADIENTS, DONE = range(4)
 @kernel
 def step_of_hosts(
     thread: Any, threads: Any, gate: Any, stage: Any, step: Any, shape: Any, ring: Any, wire: Any, control: Any,
-    rows: Any, gradients: Any, tables: Any, learned: Any, pulls: Any, now: Any, rules: Any, numbers: Any,
+    rows: Any, gradients: Any, tables: Any, learned: Any, penalties: Any, now: Any, rules: Any, numbers: Any,
 ) -> None:  # fmt: skip
     """Step ``step`` of one rank from ``stage`` on, by ``threads`` threads that all call this; ``gate`` is 0 at first.
 
@@ -96,12 +96,12 @@ def step_of_hosts(
                 control[STAGE] = WAIT_FOR_ROWS
                 if take(ROWS, step, ring, wire, control, rows, gradients):
                     control[STAGE] = WAIT_FOR_GRADIENTS
-            passed = meet(gate, threads, passed)
+            passed = barrier(gate, threads, passed)
             if control[STAGE] == WAIT_FOR_ROWS:
                 return
             passed = learn_here(
                 thread, threads, gate, passed, step, shape, ring, wire, control, rows, gradients, tables, learned,
-                pulls, now, rules, numbers,
+                penalties, now, rules, numbers,
             )  # fmt: skip
         send_gradients(thread, threads, step, shape, ring, wire, control, rows, gradients, learned)
         stage = WAIT_FOR_GRADIENTS
@@ -110,7 +110,7 @@ def step_of_hosts(
         if take(GRADIENTS, step, ring, wire, control, rows, gradients):
             absorb(step, ring, wire, control, rows, gradients)
             control[STAGE] = DONE
-    passed = meet(gate, threads, passed)
+    passed = barrier(gate, threads, passed)
     if control[STAGE] == DONE:
         passed = update_here(
             thread, threads, gate, passed, step, shape, ring, wire, control, rows, gradients, tables, now, rules,
@@ -129,7 +129,7 @@ def look_ahead(
         gather_here(thread, threads, 0, early, step + 1, shape, ring, rows, tables, now + 1, rules, numbers)
     if thread == threads - 1 and control[AFTER] > 0:
         write_requests(ring, wire, control, step + 2)
-    return meet(gate, threads, passed)
+    return barrier(gate, threads, passed)
 
 
 @kernel
@@ -150,7 +150,7 @@ def gather_here(
 @kernel
 def learn_here(
     thread: Any, threads: Any, gate: Any, passed: Any, step: Any, shape: Any, ring: Any, wire: Any, control: Any,
-    rows: Any, gradients: Any, tables: Any, learned: Any, pulls: Any, now: Any, rules: Any, numbers: Any,
+    rows: Any, gradients: Any, tables: Any, learned: Any, penalties: Any, now: Any, rules: Any, numbers: Any,
 ) -> Any:  # fmt: skip
     """Score the batch of ``step``, move users, and add up item gradients."""
     place, rank, room = step % RING, control[RANK], control[ROOM]
@@ -160,14 +160,14 @@ def learn_here(
     ratings = counts[RATINGS]
     for k in range(ratings * thread // threads, ratings * (thread + 1) // threads):
         slot[k] = line[slot[k]]
-    passed = meet(gate, threads, passed)
+    passed = barrier(gate, threads, passed)
     first, out = own_lines(wire, control, rank, step), own_gradients(wire, control, rank)
     users, items = ring.by_user[place], ring.by_item[place]
     return learn(
         thread, threads, gate, passed, shape, ring.rating[place, :ratings],
         (users[ORDER], users[DISTINCT], users[STARTS], users[SLOT]), counts[USERS],
         (items[ORDER], items[DISTINCT], items[STARTS], slot), counts[ITEMS], line, tables,
-        (learned[0], learned[1][: ratings * numbers_of(shape)[4]], learned[2][:ratings]), pulls,
+        (learned[0], learned[1][: ratings * numbers_of(shape)[4]], learned[2][:ratings]), penalties,
         rows[first : first + room], gradients[out : out + room], now, rules, numbers,
     )  # fmt: skip
 
@@ -229,13 +229,13 @@ def update_here(
             shape, tables, grouped[SPLIT], grouped[FIRSTS], grouped[ENDS], grouped[ORDER], owned * thread // threads,
             owned * (thread + 1) // threads, grouped[BACK], gradients, now, numbers,
         )  # fmt: skip
-        passed = meet(gate, threads, passed)
+        passed = barrier(gate, threads, passed)
     if control[NEXT] > 0:
         counts = ring.counts[(step + 1) % RING]
         gather_here(
             thread, threads, counts[EARLY], counts[OWNED], step + 1, shape, ring, rows, tables, now + 1, rules, numbers
         )
-        passed = meet(gate, threads, passed)
+        passed = barrier(gate, threads, passed)
         if thread == 0:
             if wire.narrow[0].shape[0] > 0:
                 narrow_rows(step + 1, ring, wire, control, True)

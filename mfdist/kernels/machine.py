@@ -1,4 +1,4 @@
-"""What numba does not say by itself: prefetch, arrays without owners, a gate for threads; and the threads."""
+"""What numba does not say by itself: prefetch, arrays without owners, a barrier for threads; and the threads."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ SOURCES = tuple(
 )
 kernel = _compiled(nogil=True)
 """Without Python's lock."""
-moment = _compiled(fastmath=True)
+short_kernel = _compiled(fastmath=True)
 """For what is shorter than it may take to get the lock back; the order of sums is the compiler's choice."""
 inlined: Any = njit(nogil=True, error_model="numpy", inline="always")
 
 
 def _prefetch(write: int, locality: int) -> Any:
-    """An intrinsic that asks for the cache line of ``array[index]``, to be read or to be written soon.
+    """An intrinsic that prefetches the cache line of ``array[index]``, to be read or to be written soon.
 
     ``locality`` as LLVM has it: 3 all caches, 2 from the second on.
     """
@@ -160,7 +160,7 @@ def wait_for_all(gate: Any, aim: Any) -> None:
 
 
 @inlined
-def meet(gate: Any, threads: Any, passed: Any) -> Any:
+def barrier(gate: Any, threads: Any, passed: Any) -> Any:
     """Wait for the other threads of this rank; returns the arrivals at ``gate`` so far, ``passed`` before."""
     if threads > 1:
         wait_for_all(gate, passed + threads)
@@ -180,7 +180,7 @@ LOOKS = 1000
 
 
 @kernel
-def look_for(gate: Any, aim: Any) -> bool:
+def wait_briefly(gate: Any, aim: Any) -> bool:
     """Whether ``gate[0]`` (int64) comes to ``aim``; gives up after some looks."""
     spins = 0
     while arrived(gate) < aim:
@@ -193,10 +193,10 @@ def look_for(gate: Any, aim: Any) -> bool:
 
 
 @kernel
-def arrived_at(lines: Any, aim: Any) -> bool:
+def all_arrived(lines: Any, aim: Any) -> bool:
     """Whether ``lines[r, 0]`` (int64) of every rank r comes to ``aim``; gives up after some looks at one of them."""
     for rank in range(lines.shape[0]):  # noqa: SIM110 (numba)
-        if not look_for(lines[rank], aim):
+        if not wait_briefly(lines[rank], aim):
             return False
     return True
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mfdist.kernels.machine import LOOKS, SPINS, clock, kernel, yield_processor
-from mfdist.kernels.sockets import AT, COUNT, WHOLE, add_section, clear_message, pull, push
+from mfdist.kernels.sockets import AT, COUNT, WHOLE, add_section, clear_message, receive_some, send_some
 from mfdist.kernels.wire import (
     AFTER,
     ASKED,
@@ -132,7 +132,7 @@ def _go(wire: Any, control: Any, peer: Any) -> None:
     sections, state = wire.sent[peer], wire.sent_state[peer]
     for k in range(state[COUNT]):
         control[SENT_BYTES] += sections[k, 1]
-    code = push(wire.connections[peer], sections, state)
+    code = send_some(wire.connections[peer], sections, state)
     if code < 0:
         control[LOST], control[CODE] = peer, code
 
@@ -173,7 +173,7 @@ def _move(kind: Any, step: Any, ring: Any, wire: Any, control: Any, rows: Any, g
     for peer in range(wire.ends.size):
         code = WHOLE
         if wire.sent_state[peer, AT] < wire.sent_state[peer, COUNT]:
-            code = push(wire.connections[peer], wire.sent[peer], wire.sent_state[peer])
+            code = send_some(wire.connections[peer], wire.sent[peer], wire.sent_state[peer])
             whole &= code == WHOLE
         if code >= 0 and wire.phase[peer] != TAKEN:
             code = _take_from(peer, kind, step, ring, wire, control, rows, gradients)
@@ -188,7 +188,7 @@ def _take_from(
     peer: Any, kind: Any, step: Any, ring: Any, wire: Any, control: Any, rows: Any, gradients: Any
 ) -> Any:  # fmt: skip
     sections, state = wire.coming[peer], wire.coming_state[peer]
-    code = pull(wire.connections[peer], sections, state)
+    code = receive_some(wire.connections[peer], sections, state)
     if code == WHOLE and wire.phase[peer] == HEADER:
         wire.phase[peer] = BODY
         clear_message(state)
@@ -201,7 +201,7 @@ def _take_from(
             else _list_gradients(peer, step, ring, wire, control, rows, gradients)
         )
         if code == WHOLE:
-            code = pull(wire.connections[peer], sections, state)
+            code = receive_some(wire.connections[peer], sections, state)
     if code == WHOLE:
         wire.phase[peer] = TAKEN
     return code

@@ -236,14 +236,14 @@ def move_adam(lanes: Any, table: Any, base: Any, d: Any, width: Any, grad: Any, 
 
 
 @inlined
-def penalise(grad: Any, weight: Any, count: Any, pulls: Any, shares: Any, row: Any, scale: Any) -> None:
-    """Add the gradient of the penalty of ``count`` ratings: ``pulls`` (2, width) float32, see ``objective``.
+def penalise(grad: Any, weight: Any, count: Any, penalties: Any, shares: Any, row: Any, scale: Any) -> None:
+    """Add the gradient of the penalty of ``count`` ratings: ``penalties`` (2, width) float32, see ``objective``.
 
-    Empty ``pulls``: none. ``shares`` float32 (rows,): one over the training ratings of each row.
+    Empty ``penalties``: none. ``shares`` float32 (rows,): one over the training ratings of each row.
     """
-    if pulls.size > 0:
+    if penalties.size > 0:
         times = scale * np.float32(count)
-        always, once = pulls[0], pulls[1]
+        always, once = penalties[0], penalties[1]
         share = times * shares[row]
         for d in range(0, full(grad.size), LANES):
             pull = fma(times, load(SIXTEEN, always, d), share * load(SIXTEEN, once, d))

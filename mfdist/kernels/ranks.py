@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from mfdist.kernels.columns import FAR, add_times, aligned, ask, ask_line, ask_to_write, clear, copy
+from mfdist.kernels.columns import FAR, add_times, aligned, clear, copy, prefetch_line, prefetch_row, prefetch_to_write
 from mfdist.kernels.cpu import gradient, user_pass
 from mfdist.kernels.grouping import cut, group
-from mfdist.kernels.machine import arrive, arrived_at, bare, inlined, kernel, meet, numbers_of, unsigned
+from mfdist.kernels.machine import all_arrived, arrive, bare, barrier, inlined, kernel, numbers_of, unsigned
 from mfdist.kernels.packed import TERMS, catch_up, move
 from mfdist.kernels.vectors import LANES
 
-ASK, GATHER, LEARN, UPDATE, DONE = range(5)
+REQUEST, GATHER, LEARN, UPDATE, DONE = range(5)
 """Stages of a step of several ranks; between two of them something goes from rank to rank."""
 USERS, ITEMS, OWNED, REQUESTS, STAGE = range(5)
 """Places of ``counts`` (int64, 5): rows of the batch, rows that this rank was asked for, by how many requests; what
@@ -42,9 +42,9 @@ def gather_for_ranks(
     space = np.empty((2, TERMS), np.float32)
     terms = bare(space)
     for j in range(low, high):
-        ask(table, rows, j, high, stride)
+        prefetch_row(table, rows, j, high, stride)
         if j + FAR < high:
-            ask_to_write(out, lines[order[firsts[j + FAR]]], width)
+            prefetch_to_write(out, lines[order[firsts[j + FAR]]], width)
         base = np.int64(rows[unsigned(j)]) * stride
         place = unsigned(base + stride - 1)
         last = lasts[place]
@@ -72,9 +72,9 @@ def update_from_ranks(
     unaligned = np.empty(width + LANES, np.float32)
     grad = aligned(bare(unaligned), width)
     for j in range(low, high):
-        ask(table, rows, j, high, stride)
+        prefetch_row(table, rows, j, high, stride)
         if j + FAR < high:
-            ask_line(grads, lines[order[firsts[j + FAR]]], width)
+            prefetch_line(grads, lines[order[firsts[j + FAR]]], width)
         clear(grad, width)
         for q in range(firsts[j], ends[j]):
             add_times(grad, one, grads[lines[order[q]]], 0, width)
@@ -87,52 +87,52 @@ def update_from_ranks(
 @kernel
 def learn(
     thread: Any, threads: Any, gate: Any, passed: Any, shape: Any, rating: Any, by_user: Any, users: Any, by_item: Any,
-    items: Any, lines: Any, tables: Any, learned: Any, pulls: Any, own: Any, out: Any, now: Any, rules: Any,
+    items: Any, lines: Any, tables: Any, learned: Any, penalties: Any, own: Any, out: Any, now: Any, rules: Any,
     numbers: Any,
 ) -> Any:  # fmt: skip
     """Score the batch, move its users, and write its items' gradients to ``out``; returns the arrivals at ``gate``.
 
     ``by_user``, ``by_item``: (order, rows, starts, slot) of :func:`group`; ``slot`` of items counts lines of ``own``.
     ``tables``: users' packed rows as float32 and as int32, and items' likewise. ``learned``: before, slope and error;
-    ``pulls``: of users and items, their shares (see ``cpu.user_pass``)."""
+    ``penalties``: of users and items, their shares (see ``cpu.user_pass``)."""
     low, high = cut(by_user[2], users, thread, threads), cut(by_user[2], users, thread + 1, threads)
     user_pass(
         shape, tables[0], tables[1], by_user[1], by_user[2], by_user[0], low, high, by_item[3], own, rating, learned[0],
-        learned[1], learned[2], pulls[0], pulls[2], now, rules, numbers,
+        learned[1], learned[2], penalties[0], penalties[2], now, rules, numbers,
     )  # fmt: skip
-    passed = meet(gate, threads, passed)
+    passed = barrier(gate, threads, passed)
     low, high = cut(by_item[2], items, thread, threads), cut(by_item[2], items, thread + 1, threads)
     gradient(
-        shape, by_item[1], by_item[2], by_item[0], low, high, by_user[3], lines, own, learned[0], learned[1], pulls[1],
-        pulls[3], numbers, out,
+        shape, by_item[1], by_item[2], by_item[0], low, high, by_user[3], lines, own, learned[0], learned[1],
+        penalties[1], penalties[3], numbers, out,
     )  # fmt: skip
-    return meet(gate, threads, passed)
+    return barrier(gate, threads, passed)
 
 
 @kernel
 def step_of_ranks(
     thread: Any, threads: Any, gate: Any, stage: Any, shape: Any, batch: Any, by_user: Any, by_item: Any, by_owner: Any,
-    counts: Any, in_order: Any, tables: Any, learned: Any, pulls: Any, now: Any, rules: Any, numbers: Any,
-    requests: Any, lines: Any, rows: Any, own: Any, gradient_: Any, gradients: Any, meeting: Any,
+    counts: Any, in_order: Any, tables: Any, learned: Any, penalties: Any, now: Any, rules: Any, numbers: Any,
+    requests: Any, lines: Any, rows: Any, own: Any, gradient_: Any, gradients: Any, shared_memory: Any,
 ) -> None:  # fmt: skip
     """The step of one rank from ``stage`` on, by ``threads`` threads that all call this; ``gate`` is 0 at the start.
 
-    The arrays of the last line are those of ``exchange``; ``in_order``: 0, 1, 2, ... Where the ranks share memory
-    (``meeting``) the stages follow each other, and it returns before one whose data do not come within a millisecond a
-    rank; else it returns before each. ``counts[STAGE]``: the stage to call next.
+    The arrays of the last line are those of ``exchange``; ``in_order``: 0, 1, 2, ... Where the ranks have
+    ``shared_memory`` the stages follow each other, and it returns before one whose data do not come within a
+    millisecond a rank; else it returns before each. ``counts[STAGE]``: the stage to call next.
     """
-    signals, rank = meeting[0], meeting[1]
+    signals, rank = shared_memory[0], shared_memory[1]
     shared = signals.shape[0] > 0
     passed = 0
-    if stage == ASK:
-        group_batch(thread, threads, batch, by_user, by_item, counts, meeting)
+    if stage == REQUEST:
+        group_batch(thread, threads, batch, by_user, by_item, counts, shared_memory)
         stage = GATHER
         if not shared:
             return
     if stage == GATHER:
         if thread == 0:
-            take_requests(by_owner, counts, requests, lines, meeting)
-        passed = meet(gate, threads, passed)
+            take_requests(by_owner, counts, requests, lines, shared_memory)
+        passed = barrier(gate, threads, passed)
         if counts[STAGE] != LEARN:
             return
         low, high = counts[OWNED] * thread // threads, counts[OWNED] * (thread + 1) // threads
@@ -143,18 +143,18 @@ def step_of_ranks(
         stage = LEARN
         if not shared:
             return
-        passed = meet(gate, threads, passed)
+        passed = barrier(gate, threads, passed)
         if thread == 0:
             arrive(signals[rank])
     if stage == LEARN:
         if thread == 0:
-            counts[STAGE] = UPDATE if not shared or arrived_at(signals, signals[rank, 0]) else LEARN
-        passed = meet(gate, threads, passed)
+            counts[STAGE] = UPDATE if not shared or all_arrived(signals, signals[rank, 0]) else LEARN
+        passed = barrier(gate, threads, passed)
         if counts[STAGE] != UPDATE:
             return
         passed = learn(
             thread, threads, gate, passed, shape, batch[2], without_pairs(by_user), counts[USERS],
-            without_pairs(by_item), counts[ITEMS], in_order, tables, learned, pulls, own, gradient_, now, rules,
+            without_pairs(by_item), counts[ITEMS], in_order, tables, learned, penalties, own, gradient_, now, rules,
             numbers,
         )  # fmt: skip
         stage = UPDATE
@@ -164,8 +164,8 @@ def step_of_ranks(
             arrive(signals[rank])
     if stage == UPDATE:
         if thread == 0:
-            counts[STAGE] = DONE if not shared or arrived_at(signals, signals[rank, 0]) else UPDATE
-        passed = meet(gate, threads, passed)
+            counts[STAGE] = DONE if not shared or all_arrived(signals, signals[rank, 0]) else UPDATE
+        passed = barrier(gate, threads, passed)
         if counts[STAGE] != DONE:
             return
         low, high = counts[OWNED] * thread // threads, counts[OWNED] * (thread + 1) // threads
@@ -183,10 +183,10 @@ def without_pairs(grouped: Any) -> Any:
 
 @kernel
 def group_batch(
-    thread: Any, threads: Any, batch: Any, by_user: Any, by_item: Any, counts: Any, meeting: Any
+    thread: Any, threads: Any, batch: Any, by_user: Any, by_item: Any, counts: Any, shared_memory: Any
 ) -> None:  # fmt: skip
     """Group the batch by both sides, and show the other ranks of a host which items this one asks for."""
-    signals, rank, ends, _first_row, bounds, wanted = meeting
+    signals, rank, ends, _first_row, bounds, wanted = shared_memory
     if thread == 0:
         counts[ITEMS] = group(batch[1], by_item[0], by_item[1], by_item[2], by_item[3], by_item[4])
         counts[STAGE] = GATHER
@@ -198,9 +198,9 @@ def group_batch(
 
 
 @kernel
-def take_requests(by_owner: Any, counts: Any, requests: Any, lines: Any, meeting: Any) -> None:
+def take_requests(by_owner: Any, counts: Any, requests: Any, lines: Any, shared_memory: Any) -> None:
     """Group what all ranks ask this one for, where all have asked."""
-    signals, rank, _ends, first_row, bounds, wanted = meeting
+    signals, rank, _ends, first_row, bounds, wanted = shared_memory
     counts[STAGE] = GATHER
     number = counts[REQUESTS]
     if signals.shape[0] > 0:
@@ -240,7 +240,7 @@ def collect(
 ) -> int:  # fmt: skip
     """What all ranks ask this one for, in rank order: local rows to ``requests``, their places among all ranks' lines
     to ``lines``. Returns their number; -1 where not every rank has asked yet, or not every rank's items fit."""
-    if not arrived_at(signals, signals[rank, 0]):
+    if not all_arrived(signals, signals[rank, 0]):
         return -1
     ranks, room = wanted.shape
     number = 0

@@ -6,7 +6,7 @@ list the same sections, the receiver of a body once it has its header:
     sections  int64 (MOST, 2)    [address, bytes] of each, none empty
     state     int64 (3)          [section in work, its bytes done, how many sections there are]
 
-:func:`push` and :func:`pull` move what goes now and never wait.
+:func:`send_some` and :func:`receive_some` move what goes now and never wait.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ MOST = 8
 AT, DONE, COUNT = range(3)
 """Places of a state."""
 MOVING, WHOLE, CLOSED = 0, 1, -(1 << 20)
-"""What :func:`push` and :func:`pull` return: more is to come, nothing is left, the other end has closed; other
-negative numbers are an error of the system, negated."""
+"""What :func:`send_some` and :func:`receive_some` return: more is to come, nothing is left, the other end has closed;
+other negative numbers are an error of the system, negated."""
 
 _ADDRESS, _SIZE, _NUMBER = types.uintp, types.intp, types.int32
 _send: Any = types.ExternalFunction("send", _SIZE(_NUMBER, _ADDRESS, _ADDRESS, _NUMBER))
@@ -57,7 +57,7 @@ def add_section(sections: Any, state: Any, address: Any, size: Any) -> None:
 
 
 @kernel
-def push(connection: Any, sections: Any, state: Any) -> int:
+def send_some(connection: Any, sections: Any, state: Any) -> int:
     """Send what the system takes of a message."""
     while state[AT] < state[COUNT]:
         at, done = state[AT], state[DONE]
@@ -73,7 +73,7 @@ def push(connection: Any, sections: Any, state: Any) -> int:
 
 
 @kernel
-def pull(connection: Any, sections: Any, state: Any) -> int:
+def receive_some(connection: Any, sections: Any, state: Any) -> int:
     """Take what has come of a message."""
     while state[AT] < state[COUNT]:
         at, done = state[AT], state[DONE]

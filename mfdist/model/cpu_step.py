@@ -84,8 +84,8 @@ class FusedStep(nn.Module):
         assert bool(shares) == (objective.penalised or form.implicit > 0)
         stride = bags.stride_with_bag(self._shape)
         self._user_shape: Any = (*self._shape[:2], stride, *self._shape[3:]) if form.implicit else self._sizes
-        self._user_pulls, self._item_pulls = (
-            objective.pulls(side, form.dim, form.width, form.members) if objective.penalised else nothing
+        self._user_penalties, self._item_penalties = (
+            objective.penalties(side, form.dim, form.width, form.members) if objective.penalised else nothing
             for side in (USER, ITEM)
         )
         self._rules = packed.rule_arrays(optimizer.rules)
@@ -103,7 +103,7 @@ class FusedStep(nn.Module):
         self._squared_error = [torch.zeros((), dtype=torch.float64)]  # torch looks long at what a module is given
         self._tables = _flat(model.user), _flat(model.item)
         self._flat_tables = (*self._tables[USER], *self._tables[ITEM])
-        self._pulls = self._user_pulls, self._item_pulls, *self._shares
+        self._penalties = self._user_penalties, self._item_penalties, *self._shares
         self._in_order = np.empty(0, np.int32)
 
     def forward(self, user: torch.Tensor, item: torch.Tensor, rating: torch.Tensor, global_rows: int) -> torch.Tensor:
@@ -201,7 +201,7 @@ class FusedStep(nn.Module):
 
     def _step_with_others(self, ratings: int, now: int, alone: bool) -> None:
         """Item rows come from their owners, and their gradients go back; collective."""
-        exchange, stage = self._exchange, ranks.ASK
+        exchange, stage = self._exchange, ranks.REQUEST
         assert isinstance(exchange, SharedExchange | GroupExchange)
         workers = self._alone if alone else self._workers
         batch = tuple(values[:ratings] for values in self._batch)
@@ -212,7 +212,7 @@ class FusedStep(nn.Module):
             self._gate[0] = 0
             arguments = (
                 workers.threads, self._gate, stage, self._sizes, batch, self._by_user.arrays, self._by_item.arrays,
-                self._by_owner.arrays, self._counts, self._in_order, self._flat_tables, learned, self._pulls, now,
+                self._by_owner.arrays, self._counts, self._in_order, self._flat_tables, learned, self._penalties, now,
                 self._rules, self._numbers, *exchange.arrays,
             )  # fmt: skip
             if not self._compiled:
@@ -230,7 +230,7 @@ class FusedStep(nn.Module):
             learned = self._before, self._slopes, self._errors
             arguments = (
                 workers.threads, self._gate, stage, step, self._sizes, *exchange.arrays, self._flat_tables, learned,
-                self._pulls, now + min(step, 0), self._rules, self._numbers,
+                self._penalties, now + min(step, 0), self._rules, self._numbers,
             )  # fmt: skip
             if not self._compiled:
                 self._compile(hosts.step_of_hosts, arguments)
@@ -280,7 +280,7 @@ class FusedStep(nn.Module):
                 self._workers.threads,
                 (self._sizes, self._batch, self._by_user.arrays, self._by_item.arrays, self._counts,
                  *self._tables[USER], *self._tables[ITEM], self._own, self._before, self._slopes, self._errors,
-                 self._user_pulls, self._item_pulls, *self._shares, self._rules, self._numbers),
+                 self._user_penalties, self._item_penalties, *self._shares, self._rules, self._numbers),
             )  # fmt: skip
         self._capacity = rows
 

@@ -75,7 +75,7 @@ class SharedExchange:
             if memory is None:
                 raise MfdistError(f"the ranks of this host cannot share memory for {lines} item rows each.")
             self._use(memory, lines)
-            return ranks.ASK
+            return ranks.REQUEST
         return stage
 
     def _use(self, memory: SharedMemory, lines: int) -> None:

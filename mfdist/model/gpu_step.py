@@ -92,7 +92,7 @@ class GpuStep(nn.Module):
         )  # fmt: skip
         assert bool(shares) == objective.penalised and not form.members
         self._objective = objective
-        self._pulls = [self._pulls_of(side, shares[side] if shares else np.zeros(1, "f4")) for side in (USER, ITEM)]
+        self._penalties = [self._pulls_of(side, shares[side] if shares else np.zeros(1, "f4")) for side in (USER, ITEM)]
         self._rules = gpu.rules_on(
             self._device, optimizer.rules, optimizer.betas, optimizer.eps, optimizer.weight_decay
         )
@@ -215,7 +215,7 @@ class GpuStep(nn.Module):
         range_ = scale, self._low, self._span
         gpu.user_pass[triton.cdiv(number, tile),](
             *_flat(self._user), users.rows, users.starts, users.count, users.order, self._by_item.slot, own,
-            self._ratings, offset, self._before, self._slope, self._error, self._clock, *range_, self._pulls[0],
+            self._ratings, offset, self._before, self._slope, self._error, self._clock, *range_, self._penalties[0],
             self._rules, shape, own.stride(0), self._pitch, chunk, tile, **gpu.OPTIONS,
         )  # fmt: skip
         blocks = (triton.cdiv(number, chunk),)
@@ -226,8 +226,8 @@ class GpuStep(nn.Module):
         )  # fmt: skip
         gpu.long_rows[blocks](
             *_flat(self._user), users.rows, users.number, users.starts, self._before, self._parts, self._parts,
-            self._clock, scale, self._pulls[0], number, self._rules, shape, self._pitch, self._pitch, self._pitch, True,
-            chunk, gpu.tile_rows(shape, gpu.PART_TILE, 64), **gpu.OPTIONS,
+            self._clock, scale, self._penalties[0], number, self._rules, shape, self._pitch, self._pitch, self._pitch,
+            True, chunk, gpu.tile_rows(shape, gpu.PART_TILE, 64), **gpu.OPTIONS,
         )  # fmt: skip
 
     def _item_pass(self, number: int, scale: float, own: torch.Tensor, gradient: torch.Tensor | None) -> None:
@@ -236,7 +236,7 @@ class GpuStep(nn.Module):
         out, here = (self._parts, True) if gradient is None else (gradient, False)
         gpu.row_pass[triton.cdiv(number, tile),](
             *_flat(self._item), items.rows, items.starts, items.count, items.order, self._by_user.slot, own,
-            self._before, self._slope, out, self._clock, scale, self._pulls[1], self._rules, shape, own.stride(0),
+            self._before, self._slope, out, self._clock, scale, self._penalties[1], self._rules, shape, own.stride(0),
             self._pitch, out.stride(0), chunk, here, tile, **gpu.OPTIONS,
         )  # fmt: skip
         blocks = (triton.cdiv(number, chunk),)
@@ -247,14 +247,14 @@ class GpuStep(nn.Module):
         )  # fmt: skip
         gpu.long_rows[blocks](
             *_flat(self._item), items.rows, items.number, items.starts, own, self._parts, out, self._clock, scale,
-            self._pulls[1], number, self._rules, shape, own.stride(0), self._pitch, out.stride(0), here, chunk,
+            self._penalties[1], number, self._rules, shape, own.stride(0), self._pitch, out.stride(0), here, chunk,
             gpu.tile_rows(shape, gpu.PART_TILE, 64), **gpu.OPTIONS,
         )  # fmt: skip
 
     def _pulls_of(self, side: int, shares: Floats32) -> tuple[Any, ...]:
-        """The kernels' ``pulls`` of users or of items."""
+        """The kernels' ``penalties`` of users or of items."""
         form = self.model.form
-        always, once = self._objective.pulls(side, form.dim, form.width, 0).tolist()
+        always, once = self._objective.penalties(side, form.dim, form.width, 0).tolist()
         return (torch.from_numpy(shares).to(self._device), always[0], once[0], always[-1], once[-1])
 
     def _add_up(self, number: int) -> None:

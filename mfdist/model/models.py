@@ -50,12 +50,12 @@ class Form:
     vectors tied to their first.) Neither S nor its gradient is added up anew for each rating: a user's row holds two
     running sums behind its weights, renewed by every rating of the user,
 
-        bag   <-  bag (1 - 1/n) + w q         what joins the factors
-        pull  <-  pull (1 - 1/n) + w g q      g: the loss's derivative by the score; what the user's items get as their
-                                              gradient through the bag, at each rating of theirs
+        bag           <-  bag (1 - 1/n) + w q             what joins the factors
+        bag gradient  <-  bag gradient (1 - 1/n) + w g q
 
-    While a rating is learned, its own item, which a new item will not be, is left out of both: w |q|^2 is taken from
-    the score as a constant, and w g q from the pull.
+    g being the loss's derivative by the score: what the user's items get as their gradient through the bag, at each
+    rating of theirs. While a rating is learned, its own item, which a new item will not be, is left out of both:
+    w |q|^2 is taken from the score as a constant, and w g q from the bag gradient.
     """
 
     @property
@@ -64,7 +64,7 @@ class Form:
         return self.dim + (self.bias and not self.members)
 
     def stored_width(self, side: int) -> int:
-        """Columns of a user's or an item's row, a user's bag and pull included."""
+        """Columns of a user's or an item's row, a user's bag and its gradient included."""
         return self.width + (2 * self.dim if self.implicit and side == USER else 0)
 
     def is_factor(self) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a step minimises beside the fit: the weight of a rating, and what pulls rows towards zero.
+"""What a step minimises beside the fit: the weight of a rating, and what penalties rows towards zero.
 
 With ``mean`` the loss of a step is the sum of squared errors over its rows divided by their number (the vignette's);
 with ``sum`` it is half the sum, so that the learning rate is that of one rating, as in Surprise and LIBMF, and a last
@@ -39,19 +39,19 @@ class Objective:
     def penalised(self) -> bool:
         return any(self.l2) or self.row_l2 is not None
 
-    def pulls(self, side: int, dim: int, width: int, members: int) -> Floats32:
+    def penalties(self, side: int, dim: int, width: int, members: int) -> Floats32:
         """float32 (2, width): A and L of each column of a user's or an item's row (``side``)."""
         factors, biases = self.l2
         rows = self.row_l2 or (0.0,) * 6
-        pulls = np.empty((2, width), np.float32)
-        pulls[0], pulls[1] = factors, rows[side]
+        penalties = np.empty((2, width), np.float32)
+        penalties[0], penalties[1] = factors, rows[side]
         if members:
             part = dim // members
             for column, row in ((BIAS_COLUMN[side], rows[2 + side]), (BIAS_COLUMN[1 - side], rows[4 + side])):
-                pulls[0, column::part], pulls[1, column::part] = biases, row
+                penalties[0, column::part], penalties[1, column::part] = biases, row
         else:
-            pulls[0, dim:], pulls[1, dim:] = biases, rows[2 + side]
-        return pulls
+            penalties[0, dim:], penalties[1, dim:] = biases, rows[2 + side]
+        return penalties
 
 
 def shares_of(counts: npt.NDArray[np.int64]) -> Floats32:

@@ -35,7 +35,7 @@ class HousekeepingConfig:
             raise UsageError("--keep and --keep-every belong to prune.")
 
 
-def look_after(config: HousekeepingConfig, say: Say) -> None:
+def manage_checkpoints(config: HousekeepingConfig, say: Say) -> None:
     """Do what the flags ask, saying it line by line. DataError (3) where a checkpoint is damaged, or there is none."""
     action, run = config.action_and_run
     if not storage.exists(storage.join(run, "run.json")):

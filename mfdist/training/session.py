@@ -285,7 +285,7 @@ def _columns(table: Table) -> Columns:
 
 
 def save(session: Session) -> None:
-    """Begin a checkpoint of this step; it is committed in the background, see :func:`look_after_save`."""
+    """Begin a checkpoint of this step; it is committed in the background, see :func:`follow_background_save`."""
     progress, config, world = session.progress, session.config, session.world
     if session.saved_step == progress.step:
         return
@@ -307,7 +307,7 @@ def save(session: Session) -> None:
     session.saved_step, session.saved_at = progress.step, time.monotonic()
 
 
-def look_after_save(session: Session, busy: float, failed: float) -> None:
+def follow_background_save(session: Session, busy: float, failed: float) -> None:
     """Go on with the checkpoint in flight, given the maximum of the ranks' ``saver.flags()``."""
     _record(session, session.saver.advance(busy, failed))
     if session.saver.unprepared and _is_near(session):

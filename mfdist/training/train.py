@@ -24,9 +24,8 @@ from mfdist.data.dataset import Dataset
 from mfdist.data.loader import Batch, Loader
 from mfdist.errors import DataError, DivergedError, MfdistError, StopRequested
 from mfdist.log import Console
+from mfdist.model.autograd_step import autograd_step
 from mfdist.model.cpu_step import FusedStep
-from mfdist.model.models import Scored
-from mfdist.model.objective import ITEM, USER
 from mfdist.run import directory
 from mfdist.run.lease import Lease
 from mfdist.run.stopping import StopWatch
@@ -37,7 +36,7 @@ from mfdist.training.session import (
     Session,
     build,
     chosen_epoch,
-    look_after_save,
+    follow_background_save,
     restore_or_initialise,
     save,
     wait_for_save,
@@ -104,8 +103,12 @@ def train_step(session: Session, batch: Batch) -> torch.Tensor:
 
     The loss is the sum over all ranks' rows divided by their number; DDP's reduction adds, it does not average.
     """
-    sum_of_squares = _fused_step(session, batch) if session.fused else _autograd_step(session, batch)
     model, step = session.model, session.progress.step + 1
+    if session.fused:
+        sum_of_squares = _fused_step(session, batch)
+    else:
+        rate = session.optimizer.rate(step)
+        sum_of_squares = autograd_step(session.replica, model, session.objective, session.shares, batch, rate)
     if model.offset is not None and model.offset.requires_grad:
         assert model.offset.grad is not None
         weight, grad = model.offset.data.view(1, 1), model.offset.grad.view(1, 1)
@@ -131,59 +134,6 @@ def _fused_step(session: Session, batch: Batch) -> torch.Tensor:
     if loss.requires_grad:
         loss.backward()
     return session.fused.squared_error
-
-
-def _autograd_step(session: Session, batch: Batch) -> torch.Tensor:
-    """The plain way: torch's autograd through the gathered rows, any device and placement."""
-    session.model.zero_grad(set_to_none=False)
-    form, share = session.model.form, None
-    if form.implicit:
-        assert session.shares is not None
-        share = torch.from_numpy(session.shares[USER]).to(batch.user.device)[session.model.user.local(batch.user)]
-    scored = session.replica(batch.user, batch.item, share)
-    errors = scored.predictions - form.units.values(batch.rating)[:, None]
-    loss = errors.square().sum()
-    weight = session.objective.weight(batch.global_rows)
-    bags = None
-    if share is not None:
-        (slope,) = torch.autograd.grad(loss * weight, scored.scores, retain_graph=True)
-        bags = _through_bags(session, scored, share, slope)
-    if session.objective.penalised:
-        loss = loss + _penalty(session, batch, scored)
-    loss = loss * weight
-    (loss if bags is None else loss + bags).backward()
-    session.model.user.apply_gradient()
-    session.model.item.apply_gradient()
-    sum_of_squares: torch.Tensor = errors.detach().double().mean(dim=1).square().sum()
-    return sum_of_squares
-
-
-def _penalty(session: Session, batch: Batch, scored: Scored) -> torch.Tensor:
-    """What pulls the rows of each rating towards zero, see ``objective``."""
-    form, shares, total = session.model.form, session.shares, torch.zeros((), device=batch.rating.device)
-    assert shares is not None
-    local = session.model.user.local(batch.user)
-    weights = scored.user[:, : form.width], scored.item
-    for side, index, rows in ((USER, local, weights[USER]), (ITEM, batch.item, weights[ITEM])):
-        pulls = torch.from_numpy(session.objective.pulls(side, form.dim, form.width, form.members)).to(rows.device)
-        share = torch.from_numpy(shares[side]).to(rows.device)[index.long()]
-        total = total + ((pulls[0] + share[:, None] * pulls[1]) * rows.square()).sum()
-    return total
-
-
-def _through_bags(session: Session, scored: Scored, share: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """A loss whose gradient is, for items, what comes through the users' bags, and for bags and pulls what makes a step
-    of sgd their renewal (``Form.implicit``). ``slope`` (rows, members): the loss's derivative by the scores."""
-    form = session.model.form
-    end_of_bag = form.width + form.dim
-    item, bag, pull = scored.item[:, : form.dim], scored.user[:, form.width : end_of_bag], scored.user[:, end_of_bag:]
-    to_bag = form.implicit * share.sqrt()[:, None] * item.detach() * form.is_factor().to(share.device)
-    to_pull = to_bag * slope.repeat_interleave(form.part, dim=1)
-    renewal = ((to_bag - share[:, None] * bag.detach()) * bag).sum()
-    renewal = renewal + ((to_pull - share[:, None] * pull.detach()) * pull).sum()
-    rate = session.optimizer.rate(session.progress.step + 1)
-    total: torch.Tensor = ((pull.detach() - to_pull) * item).sum() - renewal / rate
-    return total
 
 
 # Setting up ---------------------------------------------------------------------------------------
@@ -328,7 +278,7 @@ def _check(
     summed *= session.model.form.units.spread**2
     flags = [float(reason is not None), float(minutes_due and world.is_main), spent, *session.saver.flags()]
     stop, due, slowest, saving, failed = world.max(flags)
-    look_after_save(session, saving, failed)
+    follow_background_save(session, saving, failed)
     bad = np.flatnonzero(~np.isfinite(summed))
     if len(bad):
         wait_for_save(session)
