@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with _signals_raise(), _agent_in_use() as agents:
         try:
-            record(run.run)(args)
+            # Without a file to write the workers' error to, torch logs that there is none.
+            start = record(run.run) if "TORCHELASTIC_ERROR_FILE" in os.environ else run.run
+            start(args)
         except ChildFailedError as error:
             code = code_of_failures([failure.exitcode for failure in error.failures.values()])
             if code == 1:
