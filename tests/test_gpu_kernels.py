@@ -188,6 +188,53 @@ def test_equals_the_reference_and_the_cpu_kernels(kind, dim, bias):
         assert_equal_runs(got, run_steps(cpu_step, "cpu", **case), TOLERANCE)
 
 
+MEMBERS = [("sgd", 8, 2, 0.5), ("sgd", 16, 1, 0.25), ("adamw", 8, 2, 0.0)]
+MANY_MEMBERS = [("sgd", 128, 8, 0.25), ("sgd", 8, 4, 1.0), ("sgd", 32, 1, 0.0), ("sparse_adam", 16, 4, 0.0)]
+
+
+def run_members(make, device, *, kind, dim, members, implicit, steps, rows):
+    """As :func:`run_steps`, for a model of members and, where ``implicit``, bags, with the recipe's penalties."""
+    optimizer = RowOptimizer(kind=kind, total_steps=1500, lr=0.02, lr_schedule="cosine", weight_decay=0.0)
+    form = Form(
+        model="mf_advanced", dim=dim, bias=True, init=True, sigmoid_range=None, members=members, init_std=0.3,
+        implicit=implicit,
+    )  # fmt: skip
+    world = World.alone(device)
+    tables = [
+        ShardedTable(Layout((((0, size),),), (0, 1)), form.stored_width(side), optimizer, world, at_home=True)
+        for side, size in ((USER, USERS), (ITEM, ITEMS))
+    ]
+    for side, table in enumerate(tables):
+        table.initialise(lambda first, end, side=side: form.initial(1, side, first, end))
+    model = MFAdvanced(form, *tables)
+    objective = Objective(reduction="sum", l2=(0.027, 0.01), row_l2=(5.4, 4.0, 5.0, 6.5, 6.4, 28.0))
+    counts = [300 + np.arange(size) % 9 for size in (USERS, ITEMS)]
+    step = make(model, optimizer, objective, tuple(map(shares_of, counts)))
+    generator, sums = torch.Generator().manual_seed(3), []
+    for turn, now in enumerate(steps):
+        model.user.step = model.item.step = now
+        batch = [tensor.to(device) for tensor in batch_of(generator, rows[turn % len(rows)], turn)]
+        batch[2] = (batch[2] - 3) / 4
+        loss = step(*batch, len(batch[0]))
+        sums.append([float(loss), float(step.squared_error), float(model.offset.grad)])
+    model.user.step = model.item.step = steps[-1] + 30
+    step.settle()
+    return model, np.array(sums)
+
+
+@pytest.mark.parametrize(("kind", "dim", "members", "implicit"), MEMBERS)
+def test_members_and_bags_equal_the_cpu_kernels(kind, dim, members, implicit):
+    case = {"kind": kind, "dim": dim, "members": members, "implicit": implicit, "steps": (0, 1, 4), "rows": (130, 20)}
+    assert_equal_runs(run_members(gpu_step, DEVICE, **case), run_members(cpu_step, "cpu", **case), TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "dim", "members", "implicit"), [*MEMBERS, *MANY_MEMBERS])
+def test_members_and_bags_equal_the_cpu_kernels_over_gaps(kind, dim, members, implicit):
+    case = {"kind": kind, "dim": dim, "members": members, "implicit": implicit, "steps": GAPS, "rows": (300, 33, 8, 1)}
+    assert_equal_runs(run_members(gpu_step, DEVICE, **case), run_members(cpu_step, "cpu", **case), TOLERANCE)
+
+
 def bits(table):
     return table.packed.view(torch.int32)
 
@@ -245,13 +292,14 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mfdist.kernels import gpu, packed
+from mfdist.kernels import gpu, gpu_grouping, packed, stride_of
+from mfdist.kernels import gpu_arguments as given
 
 POINTERS = {"lasts": "i32", "rows": "i32", "starts": "i32", "count": "i32", "order": "i64", "number": "i32",
             "item_slot": "i32", "user_slot": "i32", "other_slot": "i32", "slot": "i32", "clock": "i32", "head": "i32",
             "ids": "i32"}
 SCALARS = {"scale": "fp32", "low": "fp32", "span": "fp32", "n": "i32", "blocks": "i32",
-           "penalties": ("*fp32", "fp32", "fp32", "fp32", "fp32")}
+           "penalties": ("*fp32", "fp32", "fp32", "fp32", "fp32", "fp32", "fp32")}
 SCALARS["rules"] = ("*fp64", "*fp32", "*fp32", "*fp32", "i32", "i32", "fp32", "fp32", "fp32")
 KERNELS = {
     "heads": {"n": "i32"}, "list_rows": {}, "gather": {}, "settle": {"number": "i32"}, "user_pass": {}, "row_pass": {},
@@ -259,11 +307,12 @@ KERNELS = {
 }
 
 def compiled(name, shape, target):
-    kernel = getattr(gpu, name)
-    rows = gpu.tile_rows(shape)
+    kernel = getattr(gpu, name, None) or getattr(gpu_grouping, name)
+    rows = given.tile_rows(shape)
     constants = {"SHAPE": shape, "PITCH": 40, "OWN_PITCH": 40, "ITEM_PITCH": 40, "OTHER_PITCH": 40, "OUT_PITCH": 40,
-                 "LONG": gpu.CHUNK, "C": gpu.CHUNK, "R": rows, "SCORE": True,
-                 "T": gpu.tile_rows(shape, gpu.PART_TILE, 64), "UPDATE": True, "B": gpu.SORT_BLOCK}
+                 "M": max(shape[7], 1), "BAGS": shape[8] > 0,
+                 "LONG": given.CHUNK, "C": given.CHUNK, "R": rows, "SCORE": True,
+                 "T": given.tile_rows(shape, given.PART_TILE, 64), "UPDATE": True, "B": given.SORT_BLOCK}
     signature, constexprs, attributes = {}, {}, {}
     for place, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -275,12 +324,14 @@ def compiled(name, shape, target):
         if kind[0] == "*":
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
-    return triton.compile(source, target=target, options=gpu.OPTIONS)
+    return triton.compile(source, target=target, options=given.OPTIONS)
 
-for dim, bias, kind in [eval(word) for word in sys.argv[2:]]:
+for dim, bias, kind, members, bags in [eval(word) for word in sys.argv[2:]]:
     for name in KERNELS:
-        state = {"adamw": 2 * (dim + bias), "rowwise_adagrad": 1, "sgd": 0}[kind]
-        shape = gpu.shape_of(dim, bias, packed.KINDS[kind], state, True, True)
+        width = dim + (bias and not members)
+        state = {"adamw": 2 * width, "rowwise_adagrad": 1, "sgd": 0}[kind]
+        stride = stride_of(width + 2 * dim * bags, state)
+        shape = given.shape_of(dim, bias, packed.KINDS[kind], stride, not members, True, members, bags)
         done = compiled(name, shape, GPUTarget("cuda", int(sys.argv[1]), 32))
         print(name, dim, bias, kind, len(done.asm["cubin"]), done.metadata.shared, flush=True)
         if name in ("settle", "user_pass", "row_pass", "long_rows", "update"):
@@ -298,7 +349,8 @@ for dim, bias, kind in [eval(word) for word in sys.argv[2:]]:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_all_kernels_compile_for_a_gpu_that_is_not_here(capability):
     """To machine code, without a device: Triton's compiler and its assembler need none."""
-    cases = ["(32,True,'adamw')", "(100,False,'adamw')", "(8,True,'rowwise_adagrad')", "(1,False,'sgd')"]
+    cases = ["(32,True,'adamw',0,False)", "(100,False,'adamw',0,False)", "(8,True,'rowwise_adagrad',0,False)",
+             "(1,False,'sgd',0,False)", "(128,True,'sgd',8,True)", "(64,True,'adamw',4,False)"]  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, "-c", COMPILE, str(capability), *cases], capture_output=True, text=True, env=environment,

@@ -16,22 +16,31 @@ row's last step is loaded by several warps, in the layouts that they need it in,
 first. Sizes known to the device alone (how many rows a batch has) bound no launch: grids are for the most there can
 be, and programs past the end leave at once. Nothing waits for the device.
 
-``SHAPE`` is (factors, bias, stride, kind, tile width, sigmoid, penalty). Factors and bias are apart in the kernels: a
-tile of next_power_of_2(32 + 1) columns would be half empty. ``rules`` is the tuple of :func:`rules_on`. Pointers are to
-packed float32 rows (``table``), to the same memory as int32 (``lasts``), to the arrays of ``gpu_step.Sorted``, and
-to rows copied out, PITCH floats apart. ``clock`` (1,) int32: steps taken so far.
+``SHAPE`` is (factors, bias, stride, kind, tile width, sigmoid, penalty, members, bags, column of the side's own bias in
+a member). Factors and bias are apart in the kernels: a tile of next_power_of_2(32 + 1) columns would be half empty.
+With members the bias is a column of each (``gpu_members``); with bags a user's row that is copied out goes on with its
+bag gradient and the weight of an item in its bag. ``rules`` is the tuple of ``gpu_arguments.rules_on``. Pointers are to
+packed float32 rows (``table``), to the same memory as int32 (``lasts``), to the arrays of ``gpu_step.Sorted``, and to
+rows copied out, PITCH floats apart. ``clock`` (1,) int32: steps taken so far.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-import torch
 import triton
 import triton.language as tl
 
-from mfdist.kernels import packed, stride_of
+from mfdist.kernels.gpu_members import (
+    bag_weight,
+    item_terms,
+    load_columns,
+    load_slopes,
+    member_slopes,
+    of_own_bias,
+    over_parts,
+    renewed,
+    store_columns,
+    store_slopes,
+)
 from mfdist.kernels.gpu_rows import (
     brought_up,
     load_row,
@@ -44,51 +53,6 @@ from mfdist.kernels.gpu_rows import (
     store_row,
     store_state,
 )
-from mfdist.kernels.rules import AdamRules
-
-CHUNK = 32
-"""Segments of more ratings are long; also the positions of a block of :func:`long_parts`."""
-TILE = 512
-"""Values of a tile of rows."""
-PART_TILE = 2048
-"""Values of a tile of partial sums."""
-SORT_BLOCK = 1024
-SUM_BLOCK = 4096
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-
-
-# Grouping -----------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["n"])
-def heads(ids: tl.tensor, head: tl.tensor, n: tl.tensor, B: tl.constexpr) -> None:
-    """``head[q]``: whether position q of the sorted ``ids`` begins another segment (position 0 does not)."""
-    q = tl.program_id(0) * B + tl.arange(0, B)
-    here = tl.load(ids + q, mask=q < n, other=0)
-    before = tl.load(ids + q - 1, mask=(q > 0) & (q < n), other=0)
-    tl.store(head + q, ((q > 0) & (here != before)).to(tl.int32), mask=q < n)
-
-
-@triton.jit(do_not_specialize=["n"])
-def list_rows(
-    ids: tl.tensor, order: tl.tensor, number: tl.tensor, rows: tl.tensor, starts: tl.tensor, slot: tl.tensor,
-    count: tl.tensor, n: tl.tensor, B: tl.constexpr,
-) -> None:  # fmt: skip
-    """From the segment ``number`` of each position: ``rows``, ``starts``, ``slot`` and ``count`` of ``Sorted``."""
-    q = tl.program_id(0) * B + tl.arange(0, B)
-    inside = q < n
-    row = tl.load(ids + q, mask=inside, other=0)
-    here = tl.load(number + q, mask=inside, other=0)
-    before = tl.load(number + q - 1, mask=inside & (q > 0), other=-1)
-    begins = inside & (here != before)
-    tl.store(rows + here, row, mask=begins)
-    tl.store(starts + here, q, mask=begins)
-    tl.store(slot + tl.load(order + q, mask=inside, other=0), here, mask=inside)
-    tl.store(starts + here + 1, n + tl.zeros_like(q), mask=q == n - 1)
-    tl.store(count + tl.zeros_like(q), here + 1, mask=q == n - 1)
-
-
-# Kernels --------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -155,9 +119,23 @@ def user_pass(
     w, wb = load_row(table, base, live, SHAPE)
     m, v, mb, vb = load_state(table, base, live, SHAPE)
     w, wb = brought_up(w, wb, m, v, mb, vb, last, now, rules, SHAPE)
-    store_row(before, j.to(tl.int64) * PITCH, w, wb, live, SHAPE)
     short = live & (end - first <= LONG)
     g, gb = penalty(w, wb, end - first, row, live, scale, penalties, SHAPE)
+    if SHAPE[8]:
+        share, weight = bag_weight(row, live, penalties)
+        bag = load_columns(table + SHAPE[0], base, live, SHAPE)
+        running = load_columns(table + 2 * SHAPE[0], base, live, SHAPE)
+        user = w + bag
+        rated = tl.zeros_like(w)
+        learned = tl.zeros_like(w)
+        to = j.to(tl.int64) * PITCH
+        store_row(before, to, user, wb, live, SHAPE)
+        store_columns(before + SHAPE[0], to, running, live, SHAPE)
+        tl.store(before + to + 2 * SHAPE[0], weight, mask=live)
+    else:
+        weight = tl.zeros_like(wb)
+        user = w
+        store_row(before, j.to(tl.int64) * PITCH, w, wb, live, SHAPE)
     bias_of_all = tl.load(offset)
     most = tl.max(tl.where(short, end - first, 0), 0)
     for turn in range(most):
@@ -166,15 +144,28 @@ def user_pass(
         place = tl.load(item_slot + k, mask=use, other=0).to(tl.int64) * ITEM_PITCH
         item, item_b = load_row(items, place, use, SHAPE)
         truth = tl.load(rating + k, mask=use, other=0.0)
-        e, c = slopes(w, wb, item, item_b, bias_of_all, truth, scale, low, span, SHAPE)
+        if SHAPE[7]:
+            e, c = member_slopes(user, item, weight, bias_of_all, truth, scale, low, span, SHAPE)
+            store_slopes(slope, k, c, use, SHAPE)
+            c = over_parts(tl.where(use[:, None], c, 0.0), SHAPE)
+            g += c * (item + of_own_bias(SHAPE)[None, :])
+            if SHAPE[8]:
+                rated += item
+                learned += c * item
+        else:
+            e, c = slopes(w, wb, item, item_b, bias_of_all, truth, scale, low, span, SHAPE)
+            tl.store(slope + k, c, mask=use)
+            c = tl.where(use, c, 0.0)
+            g += c[:, None] * item
+            gb += c
         tl.store(error + k, e, mask=use)
-        tl.store(slope + k, c, mask=use)
-        c = tl.where(use, c, 0.0)
-        g += c[:, None] * item
-        gb += c
     m, v, mb, vb = shrunk(m, v, mb, vb, last, now, rules, SHAPE)
     w, wb, m, v, mb, vb = moved_on(w, wb, m, v, mb, vb, g, gb, now, rules, SHAPE)
     tl.debug_barrier()
+    if SHAPE[8]:
+        bag, running = renewed(bag, running, end - first, share, weight, rated, learned, SHAPE)
+        store_columns(table + SHAPE[0], base, bag, short, SHAPE)
+        store_columns(table + 2 * SHAPE[0], base, running, short, SHAPE)
     store_row(table, base, w, wb, short, SHAPE)
     store_state(table, base, m, v, mb, vb, short, SHAPE)
     tl.store(lasts + base + SHAPE[2] - 1, now + 1 + tl.zeros_like(last), mask=short)
@@ -207,9 +198,12 @@ def row_pass(
         k = tl.load(order + first + turn, mask=use, other=0)
         place = tl.load(user_slot + k, mask=use, other=0).to(tl.int64) * PITCH
         user, _user_b = load_row(before, place, use, SHAPE)
-        c = tl.load(slope + k, mask=use, other=0.0)
-        g += c[:, None] * user
-        gb += c
+        if SHAPE[7]:
+            g += item_terms(load_slopes(slope, k, use, SHAPE), user, before, place, w, use, SHAPE)
+        else:
+            c = tl.load(slope + k, mask=use, other=0.0)
+            g += c[:, None] * user
+            gb += c
     if UPDATE:
         step_rows(table, lasts, row * SHAPE[2], live, w, wb, g, gb, tl.load(clock), rules, SHAPE)
     else:
@@ -241,21 +235,44 @@ def long_parts(
     k = tl.load(order + q, mask=use, other=0)
     place = tl.load(other_slot + k, mask=use, other=0).to(tl.int64) * OTHER_PITCH
     other, other_b = load_row(others, place, use, SHAPE)
-    if SCORE:
+    if SCORE | (SHAPE[8] > 0):
         w, wb = load_row(own, segment.to(tl.int64) * OWN_PITCH, use, SHAPE)
+    if SCORE:
         truth = tl.load(rating + k, mask=use, other=0.0)
-        e, c = slopes(w, wb, other, other_b, tl.load(offset), truth, scale, low, span, SHAPE)
+        if SHAPE[7]:
+            weight = tl.zeros_like(truth)
+            if SHAPE[8]:
+                weight = tl.load(own + segment.to(tl.int64) * OWN_PITCH + 2 * SHAPE[0], mask=use, other=0.0)
+            e, c = member_slopes(w, other, weight, tl.load(offset), truth, scale, low, span, SHAPE)
+            store_slopes(slope, k, c, use, SHAPE)
+        else:
+            e, c = slopes(w, wb, other, other_b, tl.load(offset), truth, scale, low, span, SHAPE)
+            tl.store(slope + k, c, mask=use)
         tl.store(error + k, e, mask=use)
-        tl.store(slope + k, c, mask=use)
+    elif SHAPE[7]:
+        c = load_slopes(slope, k, use, SHAPE)
     else:
         c = tl.load(slope + k, mask=use, other=0.0)
+    if SHAPE[7] == 0:
+        terms = c[:, None] * other
+    elif SCORE:
+        terms = over_parts(c, SHAPE) * (other + of_own_bias(SHAPE)[None, :])
+    else:
+        terms = item_terms(c, other, others, place, w if SHAPE[8] else other, use, SHAPE)
     one = tl.arange(0, 1)
     always = one == 0
     for which in tl.static_range(2):
-        mine = tl.where(in_low if which == 0 else in_high, c, 0.0)
-        g = tl.sum(mine[:, None] * other, axis=0)[None, :]
-        gb = tl.sum(mine, axis=0) + one.to(tl.float32)
-        store_row(parts, (2 * block.to(tl.int64) + which) * PITCH + one, g, gb, always, SHAPE)
+        mine = in_low if which == 0 else in_high
+        g = tl.sum(tl.where(mine[:, None], terms, 0.0), axis=0)[None, :]
+        gb = one.to(tl.float32)
+        if SHAPE[1]:
+            gb += tl.sum(tl.where(mine, c, 0.0), axis=0)
+        to = (2 * block.to(tl.int64) + which) * PITCH + one
+        store_row(parts, to, g, gb, always, SHAPE)
+        if SCORE & (SHAPE[8] > 0):
+            store_columns(
+                parts + SHAPE[0], to, tl.sum(tl.where(mine[:, None], other, 0.0), axis=0)[None, :], always, SHAPE
+            )
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -263,9 +280,10 @@ def long_rows(
     table: tl.tensor, lasts: tl.tensor, rows: tl.tensor, number: tl.tensor, starts: tl.tensor, own: tl.tensor,
     parts: tl.tensor, out: tl.tensor, clock: tl.tensor, scale: tl.tensor, penalties: tl.tensor, n: tl.tensor,
     rules: tl.tensor, SHAPE: tl.constexpr, OWN_PITCH: tl.constexpr, PITCH: tl.constexpr, OUT_PITCH: tl.constexpr,
-    UPDATE: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
+    UPDATE: tl.constexpr, BAGS: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The long segment that begins in a block, if one does: the sum of its ``parts``, then as :func:`row_pass`."""
+    """The long segment that begins in a block, if one does: the sum of its ``parts``, then as :func:`row_pass`; with
+    BAGS a user's, whose bag is renewed as in :func:`user_pass`."""
     block = tl.program_id(0)
     segment = tl.load(number + tl.minimum(block * C + C, n) - 1)
     first = tl.load(starts + segment)
@@ -288,11 +306,31 @@ def long_rows(
     gb += tl.sum(sums_b, axis=0)
     w, wb = load_row(own, segment.to(tl.int64) * OWN_PITCH + one, always, SHAPE)
     row = tl.load(rows + segment).to(tl.int64) + one
+    if BAGS:
+        base = row * SHAPE[2]
+        share, weight = bag_weight(row, always, penalties)
+        bag = load_columns(table + SHAPE[0], base, always, SHAPE)
+        running = load_columns(table + 2 * SHAPE[0], base, always, SHAPE)
+        begin = (2 * block.to(tl.int64) + (first > block * C)) * PITCH + one
+        rated = load_columns(parts + SHAPE[0], begin, always, SHAPE)
+        sums = tl.zeros((T, D), tl.float32)
+        for turn in range((blocks + T - 1) // T):
+            b = turn * T + tl.arange(0, T)
+            sums += load_columns(parts + SHAPE[0], 2 * (block + 1 + b).to(tl.int64) * PITCH, b < blocks, SHAPE)
+        rated += tl.sum(sums, axis=0)[None, :]
+        bag, running = renewed(bag, running, end - first + one, share, weight, rated, g, SHAPE)
+        w, wb = load_row(table, base, always, SHAPE)  # ``own`` is with the bag
+        last = tl.load(lasts + base + SHAPE[2] - 1)
+        m, v, mb, vb = load_state(table, base, always, SHAPE)
+        w, wb = brought_up(w, wb, m, v, mb, vb, last, tl.load(clock), rules, SHAPE)
     penalty_g, penalty_b = penalty(w, wb, end - first + one, row, always, scale, penalties, SHAPE)
     g += penalty_g
     gb += penalty_b
     if UPDATE:
         step_rows(table, lasts, row * SHAPE[2], always, w, wb, g, gb, tl.load(clock), rules, SHAPE)
+        if BAGS:
+            store_columns(table + SHAPE[0], base, bag, always, SHAPE)
+            store_columns(table + 2 * SHAPE[0], base, running, always, SHAPE)
     else:
         store_row(out, segment.to(tl.int64) * OUT_PITCH + one, g, gb, always, SHAPE)
 
@@ -314,50 +352,15 @@ def update(
 
 @triton.jit(do_not_specialize=["n"])
 def block_sums(
-    error: tl.tensor, slope: tl.tensor, out: tl.tensor, n: tl.tensor, blocks: tl.tensor, B: tl.constexpr
-) -> None:
-    """Of each block of B ratings the sum of squared errors and the sum of slopes: float64 ``out`` (2, blocks)."""
+    error: tl.tensor, slope: tl.tensor, out: tl.tensor, n: tl.tensor, blocks: tl.tensor, M: tl.constexpr,
+    B: tl.constexpr,
+) -> None:  # fmt: skip
+    """Of each block of B ratings the sum of squared errors, and of the slopes of M members: float64 ``out``
+    (2, blocks)."""
     k = tl.program_id(0) * B + tl.arange(0, B)
     e = tl.load(error + k, mask=k < n, other=0.0).to(tl.float64)
-    c = tl.load(slope + k, mask=k < n, other=0.0).to(tl.float64)
+    c = tl.load(slope + k * M, mask=k < n, other=0.0).to(tl.float64)
+    for member in tl.static_range(1, M):
+        c += tl.load(slope + k * M + member, mask=k < n, other=0.0).to(tl.float64)
     tl.store(out + tl.program_id(0), tl.sum(e * e, axis=0))
     tl.store(out + blocks + tl.program_id(0), tl.sum(c, axis=0))
-
-
-# What the host gives -----------------------------------------------------------------------------------
-
-
-def shape_of(dim: int, bias: bool, kind: int, state: int, sigmoid: bool, penalised: bool) -> tuple[int, ...]:
-    """SHAPE of the rows of a model under an optimizer of ``packed.KINDS`` with ``state`` floats a row."""
-    stride = stride_of(dim + int(bias), state)
-    return dim, int(bias), stride, kind, triton.next_power_of_2(dim), int(sigmoid), int(penalised)
-
-
-def step_table(rules: AdamRules, betas: tuple[float, float], weight_decay: float) -> np.typing.NDArray[np.float32]:
-    """float32 (steps + 1, STEP_COLUMNS): of each step, amplitude and spread, the rule as a polynomial (c,
-    p0..p6), and the pace of the step itself: -lr wd, lr / (1 - b1^t), 1 / sqrt(1 - b2^t), lr; two columns are free."""
-    t = np.arange(len(rules.amplitude))
-    rate = rules.amplitude * (1 - rules.betas[0] ** t)
-    safe = np.maximum(t, 1)
-    pace = (-rate * weight_decay, rate / (1 - betas[0] ** safe), 1 / np.sqrt(1 - betas[1] ** safe), rate)
-    columns = (rules.amplitude, rules.spread, rules.polynomials(), *pace, 0 * rate, 0 * rate)
-    return np.column_stack(columns).astype(np.float32)
-
-
-def rules_on(
-    device: torch.device, rules: AdamRules, betas: tuple[float, float], eps: float, weight_decay: float
-) -> tuple[Any, ...]:
-    """The kernels' ``rules``: log_decay float64 (steps + 1,), :func:`step_table`, by_gap float32 (steps + 1, 4) (powers
-    of the betas, the root of the second), early float32 (plain_below + horizon, 2, NODES), horizon, plain_below, eps,
-    1 - betas.
-    """
-    _by_step, powers, _polynomials, early, horizon, plain_below = packed.rule_arrays(rules)
-    by_gap = np.column_stack([powers, np.zeros(len(powers))])
-    arrays = (rules.log_decay, step_table(rules, betas, weight_decay), by_gap.astype("f4"), early.astype("f4"))
-    tables = [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
-    return (*tables, horizon, plain_below, eps, 1 - betas[0], 1 - betas[1])
-
-
-def tile_rows(shape: tuple[int, ...], values: int = TILE, most: int = 16) -> int:
-    """Rows of a tile of about so many values. Triton 3.6 fails to compile :func:`row_pass` with 32 rows and a bias."""
-    return max(4, min(most, values // shape[4]))

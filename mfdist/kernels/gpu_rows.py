@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from mfdist.kernels import packed, rules
+from mfdist.kernels.gpu_members import of_factors, of_own_bias
 
 SPARSE_ADAM = tl.constexpr(packed.SPARSE_ADAM)
 ADAMW = tl.constexpr(packed.ADAMW)
@@ -19,7 +20,7 @@ SHORT_GAP = tl.constexpr(rules.SHORT_GAP)
 NODES = tl.constexpr(rules.NODES)
 
 STEP_COLUMNS = tl.constexpr(16)
-"""Floats of a row of ``by_step``: see ``gpu.step_table``."""
+"""Floats of a row of ``by_step``: see ``gpu_arguments.step_table``."""
 RULE = tl.constexpr(2)
 PACE = tl.constexpr(10)
 
@@ -281,14 +282,22 @@ def penalty(
 ) -> Any:  # fmt: skip
     """Gradient of the penalty of ``ratings`` (R,) ratings of ``rows``: zeros without one.
 
-    ``penalties``: shares (rows,) float32, one over the training ratings of each row, and the weights of factors and of
-    biases at each rating, each as (always, times the share).
+    ``penalties``: shares (rows,) float32, one over the training ratings of each row; the weights of factors and of
+    biases at each rating, each as (always, times the share), and of members' scales (always as of biases); then what
+    ``gpu_members.bag_weight`` takes.
     """
     if SHAPE[6]:
-        shares, factors, factors_once, biases, biases_once = penalties
+        shares, factors, factors_once, biases, biases_once, scales_once, _implicit = penalties
         share = tl.load(shares + rows, mask=live, other=0.0)
         times = scale * ratings.to(tl.float32)
-        g = (times * (factors + share * factors_once))[:, None] * w
+        if SHAPE[7]:
+            factor = of_factors(SHAPE)
+            bias = of_own_bias(SHAPE)
+            always = factor * factors + (1 - factor) * biases
+            once = factor * factors_once + bias * biases_once + (1 - factor - bias) * scales_once
+            g = times[:, None] * (always[None, :] + share[:, None] * once[None, :]) * w
+        else:
+            g = (times * (factors + share * factors_once))[:, None] * w
         gb = times * (biases + share * biases_once) * wb
     else:
         g = tl.zeros_like(w)

@@ -15,7 +15,8 @@ import torch
 import triton
 from torch import nn
 
-from mfdist.kernels import gpu, packed
+from mfdist.kernels import gpu, gpu_grouping, packed, stride_of
+from mfdist.kernels import gpu_arguments as given
 from mfdist.model.cpu_step import _Fused
 from mfdist.model.models import MF
 from mfdist.model.objective import ITEM, USER, Floats32, Objective
@@ -40,13 +41,13 @@ class Sorted:
     def sort(self, ids: torch.Tensor) -> None:
         """Fill all from ``ids`` (ratings,) int32, stably; nothing waits for the device."""
         n = len(ids)
-        grid = (triton.cdiv(n, gpu.SORT_BLOCK),)
+        grid = (triton.cdiv(n, given.SORT_BLOCK),)
         ids, self.order = torch.sort(ids, stable=True)
-        gpu.heads[grid](ids, self.head, n, gpu.SORT_BLOCK, **gpu.OPTIONS)
+        gpu_grouping.heads[grid](ids, self.head, n, given.SORT_BLOCK, **given.OPTIONS)
         torch.cumsum(self.head[:n], 0, dtype=torch.int32, out=self.number[:n])
-        gpu.list_rows[grid](
-            ids, self.order, self.number, self.rows, self.starts, self.slot, self.count, n, gpu.SORT_BLOCK,
-            **gpu.OPTIONS,
+        gpu_grouping.list_rows[grid](
+            ids, self.order, self.number, self.rows, self.starts, self.slot, self.count, n, given.SORT_BLOCK,
+            **given.OPTIONS,
         )  # fmt: skip
 
 
@@ -79,25 +80,27 @@ class GpuStep(nn.Module):
         self, model: MF, optimizer: RowOptimizer, objective: Objective, shares: tuple[Floats32, Floats32] | None = None,
         graphs: bool = True,
     ) -> None:  # fmt: skip
-        """``shares``: as for ``FusedStep``. Models with members have no kernels here yet."""
+        """``shares``: as for ``FusedStep``. The kernels must have the form (``gpu_arguments.has_kernel``)."""
         super().__init__()
         assert isinstance(model.user, ShardedTable) and isinstance(model.item, ShardedTable)
         self.model, self._user, self._item = model, model.user, model.item
         form, self._device = model.form, model.user.world.device
         low, high = form.value_range or (0.0, 0.0)
         self._low, self._span = low, high - low
-        self._shape = gpu.shape_of(
-            form.dim, form.bias, packed.KINDS[optimizer.kind], sum(optimizer.state_widths(form.width)),
-            form.sigmoid_range is not None, objective.penalised,
-        )  # fmt: skip
-        assert bool(shares) == objective.penalised and not form.members
-        self._objective = objective
-        self._penalties = [self._pulls_of(side, shares[side] if shares else np.zeros(1, "f4")) for side in (USER, ITEM)]
-        self._rules = gpu.rules_on(
+        assert given.has_kernel(form.dim, form.members, form.implicit > 0)
+        assert bool(shares) == (objective.penalised or form.implicit > 0)
+        self._objective, self._bags = objective, form.implicit > 0
+        self._shapes = [self._shape_of(side, optimizer) for side in (USER, ITEM)]
+        self._penalties = [
+            self._penalties_of(side, shares[side] if shares else np.zeros(1, "f4")) for side in (USER, ITEM)
+        ]
+        self._rules = given.rules_on(
             self._device, optimizer.rules, optimizer.betas, optimizer.eps, optimizer.weight_decay
         )
-        self._tile = gpu.tile_rows(self._shape)
+        self._tile = given.tile_rows(self._shapes[USER])
         self._pitch = -(-form.width // LINE_FLOATS) * LINE_FLOATS
+        through_bags = form.dim + 1 if self._bags else 0  # as ``kernels.cpu.user_pass`` leaves them
+        self._user_pitch = -(-(form.width + through_bags) // LINE_FLOATS) * LINE_FLOATS
         self._clock = torch.zeros(1, dtype=torch.int32, device=self._device)
         self._no_offset = torch.zeros(1, device=self._device)
         self._local = [LocalNumbers(table.layout, table.world.rank, self._device) for table in (self._user, self._item)]
@@ -125,12 +128,12 @@ class GpuStep(nn.Module):
 
     def settle(self) -> None:
         """Bring every row of both tables to the present, in place."""
-        for table in (self._user, self._item):
+        for table, shape in zip((self._user, self._item), self._shapes, strict=True):
             rows = len(table.rows.last)
             self._clock.fill_(table.step)
             if rows:
                 grid = (triton.cdiv(rows, self._tile),)
-                gpu.settle[grid](*_flat(table), rows, self._clock, self._rules, self._shape, self._tile, **gpu.OPTIONS)
+                gpu.settle[grid](*_flat(table), rows, self._clock, self._rules, shape, self._tile, **given.OPTIONS)
 
     @torch.no_grad()
     def _step(
@@ -177,7 +180,7 @@ class GpuStep(nn.Module):
 
     def _with_others(self, number: int, global_rows: int) -> None:
         """Item rows come from their owners, and their gradients go back; collective."""
-        scale, items, shape = 2 * self._objective.weight(global_rows), self._by_item, self._shape
+        scale, items, shape = 2 * self._objective.weight(global_rows), self._by_item, self._shapes[ITEM]
         if number:
             self._by_user.sort(self._users[:number])
             items.sort(self._items[:number])
@@ -196,7 +199,7 @@ class GpuStep(nn.Module):
         if asked:
             gpu.update[triton.cdiv(asked, self._tile),](
                 *_flat(self._item), mine, count, current, total, self._clock, self._rules, shape, current.stride(0),
-                total.stride(0), self._tile, **gpu.OPTIONS,
+                total.stride(0), self._tile, **given.OPTIONS,
             )  # fmt: skip
         self._add_up(number)
 
@@ -204,65 +207,82 @@ class GpuStep(nn.Module):
         """Current weights of at most ``most`` item rows to ``out``."""
         if most:
             gpu.gather[triton.cdiv(most, self._tile),](
-                *_flat(self._item), rows, count, out, self._clock, self._rules, self._shape, out.stride(0), self._tile,
-                **gpu.OPTIONS,
+                *_flat(self._item), rows, count, out, self._clock, self._rules, self._shapes[ITEM], out.stride(0),
+                self._tile, **given.OPTIONS,
             )  # fmt: skip
 
     def _user_pass(self, number: int, scale: float, own: torch.Tensor) -> None:
         """Score all ratings and move the users; ``own``: the items' current weights, in the order of their rows."""
-        users, shape, tile, chunk = self._by_user, self._shape, self._tile, gpu.CHUNK
+        users, shape, tile, chunk = self._by_user, self._shapes[USER], self._tile, given.CHUNK
+        before, parts = self._before.stride(0), self._parts.stride(0)
         offset = self._no_offset if self.model.offset is None else self.model.offset.detach()
         range_ = scale, self._low, self._span
         gpu.user_pass[triton.cdiv(number, tile),](
             *_flat(self._user), users.rows, users.starts, users.count, users.order, self._by_item.slot, own,
             self._ratings, offset, self._before, self._slope, self._error, self._clock, *range_, self._penalties[0],
-            self._rules, shape, own.stride(0), self._pitch, chunk, tile, **gpu.OPTIONS,
+            self._rules, shape, own.stride(0), before, chunk, tile, **given.OPTIONS,
         )  # fmt: skip
         blocks = (triton.cdiv(number, chunk),)
         gpu.long_parts[blocks](
             users.number, users.starts, users.order, self._by_item.slot, own, self._before, self._ratings, offset,
-            self._slope, self._error, self._parts, *range_, number, shape, own.stride(0), self._pitch, self._pitch,
-            True, chunk, **gpu.OPTIONS,
+            self._slope, self._error, self._parts, *range_, number, shape, own.stride(0), before, parts, True,
+            chunk, **given.OPTIONS,
         )  # fmt: skip
         gpu.long_rows[blocks](
             *_flat(self._user), users.rows, users.number, users.starts, self._before, self._parts, self._parts,
-            self._clock, scale, self._penalties[0], number, self._rules, shape, self._pitch, self._pitch, self._pitch,
-            True, chunk, gpu.tile_rows(shape, gpu.PART_TILE, 64), **gpu.OPTIONS,
+            self._clock, scale, self._penalties[0], number, self._rules, shape, before, parts, parts, True, self._bags,
+            chunk, given.tile_rows(shape, given.PART_TILE, 64), **given.OPTIONS,
         )  # fmt: skip
 
     def _item_pass(self, number: int, scale: float, own: torch.Tensor, gradient: torch.Tensor | None) -> None:
         """Move the items, or only find their ``gradient`` (rows, width)."""
-        items, shape, tile, chunk = self._by_item, self._shape, self._tile, gpu.CHUNK
+        items, shape, tile, chunk = self._by_item, self._shapes[ITEM], self._tile, given.CHUNK
+        before, parts = self._before.stride(0), self._parts.stride(0)
         out, here = (self._parts, True) if gradient is None else (gradient, False)
         gpu.row_pass[triton.cdiv(number, tile),](
             *_flat(self._item), items.rows, items.starts, items.count, items.order, self._by_user.slot, own,
             self._before, self._slope, out, self._clock, scale, self._penalties[1], self._rules, shape, own.stride(0),
-            self._pitch, out.stride(0), chunk, here, tile, **gpu.OPTIONS,
+            before, out.stride(0), chunk, here, tile, **given.OPTIONS,
         )  # fmt: skip
         blocks = (triton.cdiv(number, chunk),)
         gpu.long_parts[blocks](
             items.number, items.starts, items.order, self._by_user.slot, self._before, own, self._ratings,
-            self._no_offset, self._slope, self._error, self._parts, scale, 0.0, 0.0, number, shape, self._pitch,
-            own.stride(0), self._pitch, False, chunk, **gpu.OPTIONS,
+            self._no_offset, self._slope, self._error, self._parts, scale, 0.0, 0.0, number, shape, before,
+            own.stride(0), parts, False, chunk, **given.OPTIONS,
         )  # fmt: skip
         gpu.long_rows[blocks](
             *_flat(self._item), items.rows, items.number, items.starts, own, self._parts, out, self._clock, scale,
-            self._penalties[1], number, self._rules, shape, own.stride(0), self._pitch, out.stride(0), here, chunk,
-            gpu.tile_rows(shape, gpu.PART_TILE, 64), **gpu.OPTIONS,
+            self._penalties[1], number, self._rules, shape, own.stride(0), parts, out.stride(0), here, False, chunk,
+            given.tile_rows(shape, given.PART_TILE, 64), **given.OPTIONS,
         )  # fmt: skip
 
-    def _pulls_of(self, side: int, shares: Floats32) -> tuple[Any, ...]:
-        """The kernels' ``penalties`` of users or of items."""
+    def _shape_of(self, side: int, optimizer: RowOptimizer) -> tuple[int, ...]:
         form = self.model.form
-        always, once = self._objective.penalties(side, form.dim, form.width, 0).tolist()
-        return (torch.from_numpy(shares).to(self._device), always[0], once[0], always[-1], once[-1])
+        stride = stride_of(form.stored_width(side), sum(optimizer.state_widths(form.width)))
+        return given.shape_of(
+            form.dim, form.bias, packed.KINDS[optimizer.kind], stride, form.sigmoid_range is not None,
+            self._objective.penalised, form.members, self._bags, side,
+        )  # fmt: skip
+
+    def _penalties_of(self, side: int, shares: Floats32) -> tuple[Any, ...]:
+        """The kernels' ``penalties`` of users or of items."""
+        (factors, biases), rows = self._objective.l2, self._objective.row_l2 or (0.0,) * 6
+        weights = factors, rows[side], biases, rows[2 + side], rows[4 + side], self.model.form.implicit
+        return (torch.from_numpy(shares).to(self._device), *weights)
 
     def _add_up(self, number: int) -> None:
         """The sums of squared errors and of slopes, float64, in a fixed order."""
-        blocks = triton.cdiv(number, gpu.SUM_BLOCK)
+        blocks = triton.cdiv(number, given.SUM_BLOCK)
         if number:
             gpu.block_sums[blocks,](
-                self._error, self._slope, self._block_sums, number, blocks, gpu.SUM_BLOCK, **gpu.OPTIONS
+                self._error,
+                self._slope,
+                self._block_sums,
+                number,
+                blocks,
+                max(self.model.form.members, 1),
+                given.SUM_BLOCK,
+                **given.OPTIONS,
             )
         torch.sum(self._block_sums[: 2 * blocks].view(2, blocks), dim=1, out=self._sums)
 
@@ -273,13 +293,15 @@ class GpuStep(nn.Module):
         self._graphs.clear()
         self._capacity = ratings + ratings // 8
         room, device = max(self._capacity, 1), self._device
-        blocks = 2 * triton.cdiv(room, gpu.CHUNK)
+        blocks = 2 * triton.cdiv(room, given.CHUNK)
         self._by_user, self._by_item = Sorted(room, device), Sorted(room, device)
         self._users, self._items = (torch.zeros(room, dtype=torch.int32, device=device) for _ in range(2))
-        self._ratings, self._slope, self._error = (torch.zeros(room, device=device) for _ in range(3))
-        self._own, self._before = (torch.zeros(room, self._pitch, device=device) for _ in range(2))
-        self._parts = torch.zeros(blocks, self._pitch, device=device)
-        self._block_sums = torch.zeros(2 * triton.cdiv(room, gpu.SUM_BLOCK), dtype=torch.float64, device=device)
+        self._ratings, self._error = (torch.zeros(room, device=device) for _ in range(2))
+        self._slope = torch.zeros(room * max(self.model.form.members, 1), device=device)
+        self._own = torch.zeros(room, self._pitch, device=device)
+        self._before = torch.zeros(room, self._user_pitch, device=device)
+        self._parts = torch.zeros(blocks, self._user_pitch, device=device)
+        self._block_sums = torch.zeros(2 * triton.cdiv(room, given.SUM_BLOCK), dtype=torch.float64, device=device)
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
 
 

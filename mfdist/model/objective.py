@@ -1,4 +1,4 @@
-"""What a step minimises beside the fit: the weight of a rating, and what penalties rows towards zero.
+"""What a step minimises beside the fit: the weight of a rating, and what draws rows towards zero.
 
 With ``mean`` the loss of a step is the sum of squared errors over its rows divided by their number (the vignette's);
 with ``sum`` it is half the sum, so that the learning rate is that of one rating, as in Surprise and LIBMF, and a last

@@ -155,10 +155,13 @@ def fast_step(
         return None
     if model.user.world.device.type == "cpu":
         return FusedStep(model, optimizer, objective, torch.get_num_threads(), shares, ratings)
-    if model.form.members or model.form.implicit or importlib.util.find_spec("triton") is None:
+    if importlib.util.find_spec("triton") is None:
         return None
+    from mfdist.kernels.gpu_arguments import has_kernel
     from mfdist.model.gpu_step import GpuStep
 
+    if not has_kernel(model.form.dim, model.form.members, model.form.implicit > 0):
+        return None
     return GpuStep(model, optimizer, objective, shares)
 
 
