@@ -239,7 +239,7 @@ def third_is_killed(world, path):
 
 def test_the_rank_that_was_lost_first_is_named(tmp_path):
     with pytest.raises(AssertionError, match="gave no answer"):
-        run_ranks(3, third_is_killed, tmp_path / "said", timeout=8)
+        run_ranks(3, third_is_killed, tmp_path / "said", timeout=20)
     said = (tmp_path / "said").read_text()
     assert "rank 2 of this job" in said and "its process has ended" in said
 
