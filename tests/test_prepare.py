@@ -285,7 +285,7 @@ def test_bad_rows_are_kept_with_line_and_reason(tmp_path: Path) -> None:
 
 
 def test_ids_are_texts(tmp_path: Path) -> None:
-    odd = ['a,"b"', "naïve ☃", "x;y", "007", "7", " lead", "line\nend"]
+    odd = ['a,"b"', "naïve ☃", "x;y", "007", "7", "line\nend"]
     with open(tmp_path / "a.csv", "w", newline="") as out:
         csv.writer(out).writerows([(u, f"item, {k}", 3, k) for k, u in enumerate(odd)])
     ints = pl.DataFrame({"user_id": [7, 8], "item_id": [1.0, None], "rating": [5, 4], "timestamp": [1, 2]})
@@ -300,7 +300,7 @@ def test_ids_are_texts(tmp_path: Path) -> None:
     [(None, "no such file"), (b"", "is empty"), (b"\x7fELF\0\0\1" * 99, "binary"), (b"\n\n\n", "empty"),
      (b"userId,movieId,rating\n", "no rows"), (b"one\ntwo\nthree\n", "1 column"), (b"[{}]", "JSON array"),
      (b"PAR1junk", "Parquet"), (b"PK\3\4junk", "zip"), (gzip.compress(b"a,b,3\n" * 99999)[:-300], "cut off"),
-     ("a,b,3\n".encode("utf-32"), "UTF-32"), (b"{]\n{]\n", "user_id")],
+     ("a,b,3\n".encode("utf-32"), "UTF-32"), (b"{]\n{]\n", "lines of JSON")],
 )  # fmt: skip
 def test_wrong_files_end_with_a_sentence(
     content: bytes | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

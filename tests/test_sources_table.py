@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -47,13 +48,93 @@ class Case:
 THREE = [("u1", "a", 5.0, 100), ("u2", "b", 3.0, 200), ("u1", "c", 4.0, 300)]
 TIMELESS = [row[:3] for row in THREE]
 
+MARK = "\ufeff"
+
 HEADERS = [
     Case("no header", {"r.csv": "u1,a,5,100\nu2,b,3,200\nu1,c,4,300\n"}, THREE),
     Case("no header, no time", {"r.csv": "u1,a,5\nu2,b,3\nu1,c,4\n"}, TIMELESS),
     Case("MovieLens", {"r.csv": "userId,movieId,rating,timestamp\nu1,a,5,100\nu2,b,3,200\nu1,c,4,300\n"}, THREE),
     Case("MovieLens dat", {"r.dat": "u1::a::5::100\nu2::b::3::200\nu1::c::4::300\n"}, THREE),
     Case("Book-Crossing", {"r.csv": '"User-ID";"ISBN";"Book-Rating"\n"u1";"a";"5"\n"u2";"b";"3"\n"u1";"c";"4"\n'},
-         TIMELESS, "--columns User-ID,ISBN,Book-Rating"),
+         TIMELESS),
+    Case("a record number first", {"r.csv": "_id,movie_id,rating_val,user_id\nx,a,5,u1\ny,b,3,u2\nz,c,4,u1\n"}, TIMELESS),
+    Case("item before user", {"r.csv": "productId,userId,ratings,timestamp\na,u1,5,100\nb,u2,3,200\nc,u1,4,300\n"},
+         THREE),
+    Case("types behind the names", {"r.tsv": "item_id:token\tuser_id:token\trating:float\na\tu1\t5\nb\tu2\t3\nc\tu1\t4\n"},
+         TIMELESS),
+    Case("time before rating", {"r.csv": "user,item,time,rating\nu1,a,100,5\nu2,b,200,3\nu1,c,300,4\n"}, THREE),
+    Case("the separator on the first line", {"r.csv": "sep=;\nuser;item;rating\nu1;a;5\nu2;b;3\nu1;c;4\n"}, TIMELESS),
+    Case("the separator on the first line, no header", {"r.csv": "sep=;\r\nu1;a;5\r\nu2;b;3\r\nu1;c;4\r\n"}, TIMELESS),
+    Case("a frame's index", {"r.csv": ",user,item,rating\n0,u1,a,5\n1,u2,b,3\n2,u1,c,4\n"}, TIMELESS),
+    Case("a frame's index, read and written again",
+         {"r.csv": "Unnamed: 0,user,item,rating\n0,u1,a,5\n1,u2,b,3\n2,u1,c,4\n"}, TIMELESS),
+    Case("row names of R", {"r.csv": '"user","item","rating"\n"1","u1","a",5\n"2","u2","b",3\n"3","u1","c",4\n'}, TIMELESS),
+    Case("unnamed columns of a frame", {"r.csv": "0,1,2,3\nu1,a,5,100\nu2,b,3,200\nu1,c,4,300\n"}, THREE,
+         says=("taken for the numbers of its columns",)),
+    Case("unnamed columns and an index", {"r.csv": ",0,1,2,3\n0,u1,a,5,100\n1,u2,b,3,200\n2,u1,c,4,300\n"}, THREE),
+    Case("numbers of columns, typed", {"r.csv": ",0,1,2\n0,a,u1,5\n1,b,u2,3\n2,c,u1,4\n"}, TIMELESS, "--columns 1,0,2"),
+    Case("Hive's names", {"r.csv": "ratings.item_id,ratings.user_id,ratings.rating\na,u1,5\nb,u2,3\nc,u1,4\n"}, TIMELESS),
+    Case("an id of its own kind", {"r.csv": "user_id,anime_id,rating\nu1,a,5\nu2,b,3\nu1,c,4\n"}, TIMELESS),
+    Case("a review's id is no item's", {"r.csv": "review_id,user_id,business_id,stars\nx,u1,a,5\ny,u2,b,3\nz,u1,c,4\n"}, TIMELESS),
+    Case("a header that comes again in joined files",
+         {"r.csv": "userId,movieId,rating\n" + "u1,a,5\n" * 150 + "userId,movieId,rating\nu2,b,3\n"},
+         [("u1", "a", 5.0)] * 150 + [("u2", "b", 3.0)], rejected={"rating is not a number": 1}),
+    Case("a damaged first row is no header", {"r.csv": "u1,a,five\n" + "u1,b,3\n" * 150}, [("u1", "b", 3.0)] * 150,
+         rejected={"rating is not a number": 1}),
+    Case("names that say nothing", {"r.csv": "aa,bb,cc,dd\nu1,a,1400000000,5\nu2,b,1400000100,3\n"}, says=(
+        "'aa', 'bb', 'cc', 'dd'", "do not say which is the user, the item, the rating", "--columns aa,bb,dd,cc")),
+    Case("two items", {"r.csv": "user_id,song_id,artist_id,rating\n1,2,3,4\n5,6,7,3\n"}, says=(
+        "which is the item ('song_id' or 'artist_id')", "--columns user_id,song_id,rating")),
+    Case("a session is no item", {"r.csv": "user_id,session_id,what,rating\n1,20,a,5\n1,24,b,3\n"}, says=("the item",)),
+    Case("no rating", {"r.csv": "user_id,item_id\n1,20\n1,24\n"}, says=("do not say which is the rating",)),
+    Case("names of --columns that are not there", {"r.csv": "a,b,c\nu1,i1,5\nu2,i2,4\n"}, None, "--columns who,what,stars",
+         ("no column 'who'", "'a', 'b', 'c'"), code=2),
+    Case("names of --columns in another spelling", {"r.csv": "Movie ID,userId,Rating\na,u1,5\nb,u2,3\nc,u1,4\n"}, TIMELESS,
+         "--columns user_id,movie_id,rating"),
+    Case("names of --columns and no header", {"r.csv": "u1,i1,5\nu2,i2,4\n"}, None, "--columns who,what,stars",
+         ("no header with the columns who,what,stars",), code=2),
+    Case("roles of a file without header", {"r.csv": "a,u1,5\nb,u2,3\nc,u1,4\n"}, TIMELESS, "--columns item_id,user_id,rating"),
+    Case("positions below a header", {"r.csv": "x,y,z\na,u1,5\nb,u2,3\nc,u1,4\n"}, TIMELESS, "--columns 1,0,2"),
+    Case("a position that is not there", {"r.csv": "u1,a,5\nu2,b,3\n"}, None, "--columns 0,1,3", ("3 columns",), code=2),
+    Case("names of --columns that no JSON line has", {"r.json": '{"user_id": 1, "asin": 2, "rating": 3}\n'}, None,
+         "--columns user_id,asin,stars", ("no column 'stars'", "'rating'"), code=2),
+    Case("times that are texts of another kind",
+         {"r.csv": "user_id,item_id,rating,date_added\nu1,a,5,some day\nu2,b,3,later\nu1,c,4,once\n"}, TIMELESS,
+         says=("'date_added', such as 'some day', are no times",)),
+    Case("two times", {"r.csv": "user_id,item_id,rating,date_added,date_rated_at,created_at\nu1,a,5,1,2,3\n"},
+         [("u1", "a", 5.0)], says=("the time may be 'date_added' or 'created_at'",)),
+]  # fmt: skip
+
+HEADERLESS = [
+    Case("Amazon 2018, item first", {"r.csv": "".join(f"00017{k:05d},A1C2VKKDCP5H{k:02d},5.0,{1414800000 + k}\n" for k in range(20))},
+         [(f"A1C2VKKDCP5H{k:02d}", f"00017{k:05d}", 5.0, 1414800000 + k) for k in range(20)]),
+    Case("an index and no names", {"r.csv": "0,u1,a,5\n1,u2,b,3\n2,u1,c,4\n"}, says=("holds no numbers", "--columns 1,2,3")),
+    Case("an index before numbers", {"r.csv": "0,196,242,3\n1,186,302,3\n2,22,377,1\n"},
+         says=("the first column counts the rows", "--columns 1,2,3")),
+    Case("a user a row, numbered as they come", {"r.csv": "0,10,5,1400000000\n1,20,3,1400000001\n2,30,4,1400000002\n"},
+         [("0", "10", 5.0, 1400000000), ("1", "20", 3.0, 1400000001), ("2", "30", 4.0, 1400000002)]),
+    Case("time in the place of the rating", {"r.csv": "u1,a,1400000000,5\nu2,b,1400000001,3\n"},
+         says=("values like times, such as 1400000000", "--columns 0,1,3,2")),
+    Case("time in the place of the rating, as typed", {"r.csv": "u1,a,1400000000,5\nu2,b,1400000001,3\nu1,c,1400000002,4\n"},
+         [("u1", "a", 5.0, 1400000000), ("u2", "b", 3.0, 1400000001), ("u1", "c", 4.0, 1400000002)], "--columns 0,1,3,2"),
+    Case("time first", {"r.csv": "".join(f"{1400000000 + k},{k % 7},{k},{k % 5}\n" for k in range(40))},
+         says=("and another column fits better", "--columns 1,2,3,0")),
+    Case("rating first", {"r.csv": "5,u1,a\n3,u2,b\n"}, says=("holds no numbers, such as 'a'", "--columns 1,2,0")),
+    Case("another rating in every row", {"r.csv": "".join(f"{k % 30},{k % 40},{k + 7}\n" for k in range(120))},
+         says=("another value in each of 120 rows",)),
+    Case("ratings with decimals, all different", {"r.csv": "".join(f"u{k % 30},i{k % 40},{k / 7:.6f}\n" for k in range(120))},
+         [(f"u{k % 30}", f"i{k % 40}", float(np.float32(f"{k / 7:.6f}"))) for k in range(120)],
+         says=("each of the first 120 rows has another rating",)),
+    Case("sorted by item, a user a row", {"r.csv": "".join(f"u{k},i{k // 4},{k % 5}\n" for k in range(200))},
+         [(f"u{k}", f"i{k // 4}", float(k % 5)) for k in range(200)],
+         says=("each of the first 200 rows has another user", "200 users, 50 items, 5 different ratings from 0 to 4")),
+    Case("fewer users than items by far", {"r.csv": "".join(f"u{k % 2},i{k},{k % 5}\n" for k in range(200))},
+         [(f"u{k % 2}", f"i{k}", float(k % 5)) for k in range(200)], says=("2 users, 200 items",)),
+    Case("the first records are shown", {"r.csv": "u1,a,5,100\nu2,b,3,200\nu1,c,4,300\nu9,z,1,400\n"},
+         [*THREE, ("u9", "z", 1.0, 400)],
+         says=("user 'u1', item 'a', rating 5, time 100 (1970-01-01 00:01)", "user 'u1', item 'c', rating 4")),
+    Case("times in the column that is named as the rating", {"r.csv": "user,item,rating\nu1,a,1400000000\nu2,b,1400000001\n"},
+         [("u1", "a", 1.4e9), ("u2", "b", 1.4e9)], says=("the ratings are numbers like times, such as 1400000000",)),
 ]  # fmt: skip
 
 IDS = [
@@ -62,6 +143,39 @@ IDS = [
          {"a.csv": "7,1,5,1\n", "b.parquet": pa.table({"user_id": [7], "item_id": [2.0], "rating": [4.0],
                                                        "timestamp": [2]})},
          [("7", "1", 5.0, 1), ("7", "2", 4.0, 2)]),
+    Case("blanks around fields", {"r.csv": "u1, a ,5, 100\n u2\t,b,3 ,200\nu1 ,\tc,\t4,300 \n"}, THREE),
+    Case("blanks inside quotes", {"r.csv": '" u1","a ",5,100\nu2, "b, c" ,3,200\n'},
+         [(" u1", "a ", 5.0, 100), ("u2", "b, c", 3.0, 200)]),
+    Case("a quoted line end behind a blank", {"r.csv": 'u2,b,3,200\nu1, "a\nb" ,5,100\nu3,b,4,300\n'},
+         [("u1", "a\nb", 5.0, 100), ("u2", "b", 3.0, 200), ("u3", "b", 4.0, 300)]),
+    Case("blanks between two colons", {"r.dat": "u1 :: a::5::100\nu2::b::3 :: 200\nu1::c::4::300\n"}, THREE),
+    Case("a field of blanks alone", {"r.csv": "u1,  ,5,100\n" + "u2,b,3,200\n" * 199}, [("u2", "b", 3.0, 200)] * 199,
+         rejected={"empty item id": 1}),
+    Case("whole floats in text", {"r.csv": "11.0,7.00,5,100\n11,7,3,200\n-0.0,-3.0,4,300\n"},
+         [("11", "7", 5.0, 100), ("11", "7", 3.0, 200), ("0", "-3", 4.0, 300)],
+         says=("2 user ids are whole numbers written as floats", "2 item ids are")),
+    Case("floats that are not whole, and what only looks so",
+         {"r.csv": "11.5,007.0,5,100\n1.10,.0,3,200\nv1.0,1.0.0,4,300\n"},
+         [("11.5", "007.0", 5.0, 100), ("1.10", ".0", 3.0, 200), ("v1.0", "1.0.0", 4.0, 300)]),
+    Case("whole floats in JSON", {"r.json": '{"user_id": 11.0, "item_id": "7.0", "rating": 5}\n'
+                                            '{"user_id": 1e3, "item_id": 7, "rating": 4}\n'},
+         [("11", "7", 5.0), ("1000", "7", 4.0)], says=("2 user ids", "1 item ids")),
+    Case("whole floats in Parquet",
+         {"r.parquet": pa.table({"user_id": [11.0, 2.5], "item_id": ["7.0", "7"], "rating": [5, 4]})},
+         [("11", "7", 5.0), ("2.5", "7", 4.0)], says=("1 user ids", "1 item ids")),
+    Case("one id in every format",
+         {"a.csv": "11.0,7,5,100\n", "b.json": '{"user_id": 11, "item_id": 7.0, "rating": 4, "timestamp": 200}\n',
+          "c.parquet": pa.table({"user_id": [11.0], "item_id": [7], "rating": [3], "timestamp": [300]})},
+         [("11", "7", 5.0, 100), ("11", "7", 4.0, 200), ("11", "7", 3.0, 300)]),
+    Case("a byte-order mark in each of joined files", {"r.csv": MARK + "u1,a,5,100\n" + MARK + "u2,b,3,200\n"
+                                                       + MARK + '"u1",c,4,300\n'}, THREE),
+    Case("a byte-order mark in each gzip member",
+         {"r.csv.gz": gzip.compress((MARK + "u1,a,5,100\nu2,b,3,200\n").encode())
+                      + gzip.compress((MARK + "u1,c,4,300\n").encode())}, THREE),
+    Case("a byte-order mark before joined JSON lines",
+         {"r.json": (MARK + '{"user_id": "u1", "item_id": "a", "rating": 5}\n') * 2}, [("u1", "a", 5.0)] * 2),
+    Case("a byte-order mark in each of several files",
+         {"a.csv": MARK + "u1,a,5,100\n", "b.csv": MARK + "u2,b,3,200\nu1,c,4,300\n"}, THREE),
 ]  # fmt: skip
 
 ISO_2020 = 1577836800  # 2020-01-01
@@ -208,7 +322,7 @@ FILES = [
     Case("an SQLite database", {"r.csv": b"SQLite format 3\0" + bytes(100)}, says=("an SQLite database",)),
 ]  # fmt: skip
 
-CASES = [*HEADERS, *IDS, *TIMES, *FORMATS, *FILES]
+CASES = [*HEADERS, *HEADERLESS, *IDS, *TIMES, *FORMATS, *FILES]
 
 
 def test_every_case_has_its_own_name() -> None:

@@ -1,10 +1,15 @@
-"""What text an id is. 7 in JSON or Parquet and "7" in CSV are one id, "007" is another; a whole float (12.0, as pandas
-makes of integers beside a missing one) is "12", other floats are their shortest decimal text.
+"""What text an id is, the same in every format, job and call.
+
+7 in JSON or Parquet and "7" in CSV are one id, "007" is another. A whole number written as a float is the whole number:
+12.0, as pandas makes of integers beside a missing one, and its text "12.0" are the id "12". Other floats are their
+shortest decimal text. Blanks around a field of delimited text are no part of it; a quoted field, a JSON string and a
+value in Parquet or Python keep theirs.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,18 +18,30 @@ import pyarrow as pa
 
 from mfdist.errors import UsageError
 
+ID_RULE = 2
+"""Which rule a dataset's ids follow; 1, before, took "12.0" and blanks of text files as they stand."""
+OLD_IDS = r"^-?(0|[1-9][0-9]*)\.0+$|^[ \t]|[ \t]$"
+"""A regular expression of ids that rule 1 could give and rule 2 might not."""
+_WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
 
-def float_id(value: float) -> str:
-    """The text of a finite float."""
-    return str(int(value)) if value == int(value) else repr(value)
+
+def plain_id(text: str) -> str:
+    """The id that a text is: "12" for "12.0"; ``prepare.ids.plain_ids`` does it for columns."""
+    whole = _WHOLE.fullmatch(text)
+    return text if whole is None else "0" if whole[1] == "-0" else whole[1]
+
+
+def float_text(value: float) -> str:
+    """A finite float as decimal text, "12.0" where it is whole."""
+    return f"{int(value)}.0" if value == int(value) else repr(value)
 
 
 def id_text(value: Any) -> str:
     """The text of one id; UsageError for what can be none."""
     if isinstance(value, str):
-        return value
+        return plain_id(value)
     if isinstance(value, (float, np.floating)) and math.isfinite(value):
-        return float_id(float(value))
+        return plain_id(float_text(float(value)))
     if isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_)):
         return str(int(value))
     raise UsageError(f"{value!r} cannot be an id: ids are texts or whole numbers.")

@@ -4,6 +4,7 @@ python jobs/prepare.py ratings_Electronics.csv --out data/electronics
 python jobs/prepare.py 'reviews/*.jsonl.gz' --out s3://bucket/data/reviews --order blocks
 python jobs/prepare.py u1.base --val u1.test --out data/u1
 python jobs/prepare.py 'ratings/date=2020-*' --columns user,item,stars,date --out data/year2020
+python jobs/prepare.py ratings.csv --dry-run                      # how its columns are read; nothing is written
 python jobs/prepare.py --verify data/electronics
 
 What a file is, is told by its content, not by its name; what it was taken for is said. Read are
@@ -13,6 +14,14 @@ What a file is, is told by its content, not by its name; what it was taken for i
   never run;
 * Parquet: UUIDs and dictionaries are texts, true and false are 1 and 0;
 plain or in gzip, bzip2, zstandard or zip, in UTF-8 or, with a byte-order mark, UTF-16.
+
+Which column is what is read from its names, in any spelling (userId, User-ID, user_id:token; asin, movieId, anime_id;
+stars, overall). Text without names is user, item, rating, time, where its values allow that. Where names or values
+leave a doubt, the job stops and says which --columns would settle it. Before it reads, it shows the first three records
+as it understands them; --dry-run stops there.
+
+An id is its text, without blanks around a field that is not quoted; a whole number written as a float, 11.0, is the
+id 11 in every format, in predict and in recommend, and the manifest counts them (float_ids).
 
 A folder is read with the folders in it, and what its name=value folders say are columns. Hidden names, marks such as
 _SUCCESS and empty parts are left out, and said. One file under two names is read once; the same bytes in two files, a
@@ -30,12 +39,17 @@ from collections.abc import Sequence
 
 from mfdist.config import parse_config
 from mfdist.errors import exit_code_of
+from mfdist.log import Console
 from mfdist.prepare.config import PrepareConfig
-from mfdist.prepare.prepare import prepare
+from mfdist.prepare.prepare import look, prepare
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    prepare(parse_config(PrepareConfig, argv, __doc__ or ""))
+    config = parse_config(PrepareConfig, argv, __doc__ or "")
+    if config.dry_run:
+        look(config, Console())
+    else:
+        prepare(config)
     return 0
 
 

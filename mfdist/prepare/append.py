@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mfdist import storage
 from mfdist.data.dataset import Dataset, FileEntry, Lane, Manifest, fingerprint
+from mfdist.data.id_text import ID_RULE, OLD_IDS
 from mfdist.errors import DataError, UsageError
 from mfdist.log import Console
 from mfdist.prepare.config import PrepareConfig
@@ -62,6 +64,8 @@ def compare(dataset: Dataset, side: str, ids: Ids, salt: int) -> Side:
     """Which of ``ids`` the dataset knows, by hash and by their text."""
     column = dataset.ids(side).cast(pa.large_string()).combine_chunks()
     text = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+    if dataset.manifest.extra.get("id_rule", 1) < ID_RULE:
+        check_old_ids(dataset, side, text)
     edges = np.frombuffer(text.buffers()[1], np.int64)[text.offset : text.offset + len(text) + 1]
     content = np.frombuffer(text.buffers()[2], np.uint8)
     length = np.diff(edges)
@@ -80,6 +84,16 @@ def compare(dataset: Dataset, side: str, ids: Ids, salt: int) -> Side:
     fresh = np.flatnonzero(~np.isin(ids.hashes, hashes))
     new_edges, new_content = ids.take(fresh)
     return Side(hashes[order], order, Ids(ids.hashes[fresh], new_edges, new_content))
+
+
+def check_old_ids(dataset: Dataset, side: str, ids: pa.Array) -> None:
+    """DataError where ids that an earlier version wrote would be others today, so that new rows would not meet them."""
+    old = ids.filter(pc.match_substring_regex(ids, OLD_IDS))
+    if len(old):
+        raise DataError(
+            f"{storage.redact(dataset.path)} was prepared by an earlier version, which kept {len(old):,} {side[:-1]} "
+            f"ids such as {old[0].as_py()!r} as they stood; it would be another id today. Prepare all files together."
+        )
 
 
 def append(config: PrepareConfig, dataset: Dataset, read: Ingest, scratch: str, console: Console) -> Dataset:
@@ -108,9 +122,10 @@ def append(config: PrepareConfig, dataset: Dataset, read: Ingest, scratch: str, 
     num_old = sum(manifest.num_ratings.values())
     assert read.num_in == sum(added) + read.num_rejected + (grown.merged - manifest.merged)
     assert sum(grown.num_ratings.values()) == num_old + sum(added)
-    say_totals(replace(grown, num_ratings={"train": added[0], "val": added[1]}, filtered=0,
+    done = finish(dataset, grown, (users.new, items.new), read.rejected_path, scratch)
+    say_totals(replace(done.manifest, num_ratings={"train": added[0], "val": added[1]}, filtered=0,
                        merged=grown.merged - manifest.merged, rejected=read.rejected), read, console)  # fmt: skip
-    return finish(dataset, grown, (users.new, items.new), read.rejected_path, scratch)
+    return done
 
 
 def split_rule(config: PrepareConfig, manifest: Manifest, rows: Arrays, read: Ingest) -> SplitRule:
@@ -183,6 +198,9 @@ def write_added(config: PrepareConfig, manifest: Manifest, root: str, lanes: lis
 def grow(manifest: Manifest, read: Ingest, lanes: list[Lane], files: list[FileEntry], users: Side, items: Side,
          kept: int) -> Manifest:  # fmt: skip
     """The manifest with the append's counts; figures and whole-dataset files follow in :func:`finish`."""
+    before = manifest.extra.get("float_ids", {})
+    names = ("user_id", "item_id")
+    float_ids = {name: before.get(name, 0) + count for name, count in zip(names, read.float_ids, strict=True)}
     rejected = dict(manifest.rejected)
     for reason, count in read.rejected.items():
         rejected[reason] = rejected.get(reason, 0) + count
@@ -191,7 +209,8 @@ def grow(manifest: Manifest, read: Ingest, lanes: list[Lane], files: list[FileEn
         lanes=tuple(lanes), files=manifest.files + tuple(files), sources=manifest.sources + read.sources,
         num_ratings={"train": sum(x.train_rows for x in lanes), "val": sum(x.val_rows for x in lanes)},
         rejected=rejected, merged=manifest.merged + read.rows.rows - kept,
-        extra={**manifest.extra, "request": None, "appends": manifest.extra.get("appends", 0) + 1},
+        extra={**manifest.extra, "request": None, "appends": manifest.extra.get("appends", 0) + 1,
+               "id_rule": ID_RULE, "float_ids": float_ids},
     )  # fmt: skip
 
 

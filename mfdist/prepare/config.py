@@ -47,6 +47,7 @@ class PrepareConfig:
     overwrite: bool = flag(False, "replace another dataset in --out")
     append: bool = flag(False, "add the files to the dataset in --out: known ids keep their rows")
     compact: bool = flag(False, "merge the files that appends have added; ids keep their rows")
+    dry_run: bool = flag(False, "show how the sources are read, with the first records of each kind, and write nothing")
     verify: bool = flag(False, "re-read every file of the dataset and compare it with the manifest")
 
     def __post_init__(self) -> None:
@@ -55,7 +56,9 @@ class PrepareConfig:
         if self.compact or self.verify:
             if len(self.sources) + (self.out is not None) != 1:
                 raise UsageError("--verify and --compact take one dataset directory and nothing else.")
-        elif not self.out:
+            if self.dry_run:
+                raise UsageError("--dry-run shows how sources are read; --verify and --compact read none.")
+        elif not self.out and not self.dry_run:
             raise UsageError("--out is missing: name the dataset directory to make.")
         elif not self.sources:
             raise UsageError("no source: name one or more files of ratings.")

@@ -119,14 +119,18 @@ def head_bytes(content: bytes, layout: Layout, final: bool) -> int:
             place = content.find(b"\n", place) + 1
             if place == 0:
                 return -1
-    elif layout.header:
-        comment = layout.comment.encode()
-        while place < len(content) and (line := content[place:].split(b"\n", 1)[0]) is not None:
-            if line.strip(b"\r") and not (comment and line.lstrip().startswith(comment)):
+        return place
+    comment, view = layout.comment.encode(), np.frombuffer(content, np.uint8)
+    for _ in range(layout.header):
+        while place < len(content):
+            end = content.find(b"\n", place) + 1 or len(content)
+            line = content[place:end].lstrip()
+            if line and not (comment and line.startswith(comment)):
                 break
-            place += len(line) + 1
-        view = np.frombuffer(content, np.uint8)
-        return int(delimited_text.record_end(view, place, view.size, *_separators(layout), final))
+            place = end
+        place = int(delimited_text.record_end(view, place, view.size, *_separators(layout), final))
+        if place < 0:
+            return -1
     return place
 
 

@@ -1,9 +1,10 @@
 """Delimited text to fields: a compiled scanner that knows where every record begins, ends and goes wrong.
 
-A record is a line, or several where a quoted field holds line ends. A field that begins with a double quote ends at
-a quote followed by the separator or the line end; a doubled quote inside stands for one. A quote that is never closed
-so (within ``MAX_RECORD`` bytes) spoils its own line alone: that line is one bad record, the next line begins afresh.
-So what a record is does not depend on how the file is cut into chunks.
+A record is a line, or several where a quoted field holds line ends. Blanks and tabs around a field are no part of it,
+nor is a byte-order mark at the beginning of a record, as joined files have them. A field that begins with a double
+quote ends at a quote followed by the separator or the line end; a doubled quote inside stands for one. A quote that is
+never closed so (within ``MAX_RECORD`` bytes) spoils its own line alone: that line is one bad record, the next line
+begins afresh. So what a record is does not depend on how the file is cut into chunks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,20 @@ MAX_RECORD = 1 << 20
 OK, FIELDS, QUOTE, RATING, TIME, USER, ITEM, UTF8 = range(8)
 """What is wrong with a record; RATING and TIME only say that the plain number parser does not know the text."""
 
-_NL, _CR, _QUOTE = 10, 13, 34
+_NL, _CR, _QUOTE, _SPACE, _TAB = 10, 13, 34, 32, 9
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def _is_blank(c: Any, sep0: Any) -> Any:
+    return (c == _SPACE or c == _TAB) and c != sep0  # noqa: PLR1714, SIM109 (compiled)
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def _after_marks(content: Any, at: Any, size: Any) -> Any:
+    """The place behind byte-order marks."""
+    while at + 2 < size and content[at] == 0xEF and content[at + 1] == 0xBB and content[at + 2] == 0xBF:
+        at += 3
+    return at
 
 
 @numba.njit(nogil=True, cache=True)
@@ -34,25 +48,22 @@ def _quoted_end(content: Any, at: Any, size: Any, sep0: Any, sep1: Any) -> Any: 
         if content[p] != _QUOTE:
             p += 1
             continue
-        if p + 1 >= size:
-            return -2
-        c = content[p + 1]
-        if c == _QUOTE:
+        if p + 1 < size and content[p + 1] == _QUOTE:
             p += 2
             continue
-        if c == _NL:
+        after = p + 1
+        while after < size and _is_blank(content[after], sep0):
+            after += 1
+        if after >= size:
+            return -2
+        c = content[after]
+        if c == _NL or (c == sep0 and sep1 == 0):
             return p
-        if c == _CR:
-            if p + 2 >= size:
-                return -2
-            return p if content[p + 2] == _NL else -1
-        if c == sep0:
-            if sep1 == 0:
-                return p
-            if p + 2 >= size:
-                return -2
-            return p if content[p + 2] == sep1 else -1
-        return -1
+        if c != _CR and c != sep0:  # noqa: PLR1714 (compiled)
+            return -1
+        if after + 1 >= size:
+            return -2
+        return p if content[after + 1] == (_NL if c == _CR else sep1) else -1
     return -2
 
 
@@ -63,7 +74,7 @@ def record_end(content: Any, start: Any, size: Any, sep0: Any, sep1: Any, quotes
     A malformed quote makes the record its first line; so does one still open at ``size`` where that is the end
     of the file (``final``).
     """
-    p, field_start, bad = start, True, False
+    p, field_start, bad = _after_marks(content, start, size), True, False
     while p < size:
         c = content[p]
         if c == _NL:
@@ -84,7 +95,7 @@ def record_end(content: Any, start: Any, size: Any, sep0: Any, sep1: Any, quotes
             p += 1 if sep1 == 0 else 2
             field_start = True
             continue
-        field_start = False
+        field_start = field_start and _is_blank(c, sep0)
         p += 1
     return -1
 
@@ -308,14 +319,17 @@ def scan_delimited(content: Any, size: Any, sep0: Any, sep1: Any, quotes: Any, n
         last = stop - 1
         if last > at and content[last - 1] == _CR:
             last -= 1
-        if last == at:
+        p = _after_marks(content, at, last)
+        if last == p:
             at = stop
             lines += 1
             continue
         begin[n], end[n], line[n], status[n] = at, last, lines, OK
-        p, field, more = at, 0, True
+        field, more = 0, True
         while more:
             escaped = False
+            while p < last and _is_blank(content[p], sep0):
+                p += 1
             if quotes and p < last and content[p] == _QUOTE:
                 q = _quoted_end(content, p + 1, stop, sep0, sep1)
                 if q < 0:
@@ -326,11 +340,15 @@ def scan_delimited(content: Any, size: Any, sep0: Any, sep1: Any, quotes: Any, n
                 for k in range(s, e):
                     escaped |= content[k] == _QUOTE
                     lines += content[k] == _NL
+                while p < last and _is_blank(content[p], sep0):
+                    p += 1
             else:
                 s = p
                 while p < last and not (content[p] == sep0 and (sep1 == 0 or content[p + 1] == sep1)):
                     p += 1
                 e = p
+                while e > s and _is_blank(content[e - 1], sep0):
+                    e -= 1
             for c in range(4):
                 if columns[c] == field:
                     start[c, n], length[c, n] = s, e - s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import json
 import math
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mfdist.data.id_text import float_id
+from mfdist.data.id_text import float_text
 from mfdist.prepare import delimited_text
 from mfdist.prepare.json_records import record_spans
 from mfdist.prepare.layout import Layout
@@ -85,7 +86,8 @@ def loaded(line: bytes) -> Any:
 
 
 def _lines_of(content: bytes) -> list[Record]:
-    return [(number, line) for number, line in enumerate(content.split(b"\n")) if line.strip()]
+    lines = (line.removeprefix(codecs.BOM_UTF8) for line in content.split(b"\n"))  # joined files have marks within
+    return [(number, line) for number, line in enumerate(lines) if line.strip()]
 
 
 def _parsed(records: list[Record], load: Callable[[bytes], Any], piece: tuple[bytes, int, int], layout: Layout,
@@ -159,7 +161,7 @@ def _text_of(value: Any) -> str:
 def _json_id(value: Any) -> bytes:
     """The id's text, empty where there is none."""
     if isinstance(value, float):
-        value = "" if not math.isfinite(value) else float_id(value)
+        value = "" if not math.isfinite(value) else float_text(value)
     text = _text_of(value)
     try:
         return text.encode() if text.strip(" \t") else b""

@@ -16,6 +16,7 @@ COMMENT = "%"
 class Layout:
     """Where user, item, rating and timestamp stand: field numbers of text, names in JSON and Parquet (-1, '': none).
 
+    ``header``: records before the first row. ``notes``: what somebody should look at.
     ``constants``: (place among the four, value) of what the file's folders say and its rows do not. ``comment``: what a
     line begins with that is none; ``point``: of decimal numbers; ``matrix``: what a Matrix Market file says of itself.
     """
@@ -24,12 +25,13 @@ class Layout:
     name: str  # said aloud
     columns: tuple[int | str, ...]
     separator: str = ""
-    header: bool = False
+    header: int = 0
     num_fields: int = 0
     constants: tuple[tuple[int, str], ...] = ()
     comment: str = ""
     point: str = "."
     matrix: Matrix | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def has_rating(self) -> bool:

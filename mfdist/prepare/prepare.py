@@ -1,5 +1,6 @@
 """Raw files to a dataset directory, out of core: every row is read once, hashed, and accounted for.
 
+    look      what each source is, which column is what, the first records as they are understood
     read      sources -> checked rows in buckets of the user hash; ids once each; refused rows to rejected.parquet
     count     only where needed: rows after merging, k-core, the time of a time split (passes over the buckets)
     write     bucket after bucket, in hash order: sort, merge, split, number the users, fill the lanes
@@ -28,13 +29,14 @@ from mfdist.prepare.config import PrepareConfig
 from mfdist.prepare.ids import HashCollision
 from mfdist.prepare.input_files import find_sources, refuse_common
 from mfdist.prepare.layout import Layout
+from mfdist.prepare.preview import show
 from mfdist.prepare.read_pass import FrameSource, Ingest, ingest
 from mfdist.prepare.row_blocks import Rules
 from mfdist.prepare.sources import Source
 
 MAX_SALTS = 4
 
-__all__ = ["PrepareConfig", "prepare", "prepare_frame"]
+__all__ = ["PrepareConfig", "look", "prepare", "prepare_frame"]
 
 
 def prepare(config: PrepareConfig, console: Console | None = None) -> Dataset:
@@ -46,18 +48,29 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Dataset:
         from mfdist.prepare.compact import compact
 
         return compact(config.target, config.memory, console)
-    files = find_sources(config.sources, say=console.info)
-    vals = find_sources(config.val, val=True, say=console.info) if config.val else []
-    refuse_common(files, vals)
-    sources: list[Source | FrameSource] = [*files, *vals]
-    layouts = [recognise(source, config.columns) for source in sources if isinstance(source, Source)]
-    for source, layout in zip(sources, layouts, strict=True):
-        console.info(f"{source.shown}: {layout.name}")
+    assert not config.dry_run, "a dry run is look()"
+    sources, layouts = look(config, console)
     if config.append:
         return _appended(config, sources, layouts, console)
     request = {"settings": _settings(config), "files": [[s.shown, s.bytes, s.val] for s in sources]}
     finished = _already(config, request, console)
     return finished or _prepared(config, sources, layouts, request, console)
+
+
+def look(config: PrepareConfig, console: Console) -> tuple[list[Source | FrameSource], list[Layout]]:
+    """The sources of ``config`` and what their columns are, shown with the first records; nothing is written.
+
+    With ``--dry-run`` a DataError where no row of a source's beginning can be read.
+    """
+    files = find_sources(config.sources, say=console.info)
+    vals = find_sources(config.val, val=True, say=console.info) if config.val else []
+    refuse_common(files, vals)
+    sources = [*files, *vals]
+    layouts = [recognise(source, config.columns) for source in sources]
+    show(sources, layouts, config.rating_scale, console, strict=config.dry_run)
+    if config.dry_run:
+        console.info("--dry-run: nothing was written")
+    return list(sources), layouts
 
 
 def prepare_frame(frame: Any, out: str, **settings: Any) -> Dataset:
@@ -70,7 +83,7 @@ def prepare_frame(frame: Any, out: str, **settings: Any) -> Dataset:
             raise UsageError(f"prepare_frame: {name} is a sequence of texts.")
     config = PrepareConfig(sources=("data frame",), out=str(out), overwrite=True, **settings)
     table = frame.to_arrow() if hasattr(frame, "to_arrow") else _pandas_table(frame)
-    layout = frame_layout(table.column_names, config.columns)
+    layout = frame_layout(table, config.columns)
     vals: list[Source | FrameSource] = [*find_sources(config.val, val=True)] if config.val else []
     layouts = [layout, *(recognise(s, config.columns) for s in vals if isinstance(s, Source))]
     return _prepared(config, [FrameSource(table), *vals], layouts, {}, Console(False))
@@ -136,7 +149,7 @@ def _appended(
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    left_out = ("sources", "out", "val", "memory", "overwrite", "append", "compact", "verify")
+    left_out = ("sources", "out", "val", "memory", "overwrite", "append", "compact", "verify", "dry_run")
     plain = {k: v for k, v in asdict(config).items() if k not in left_out}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 

@@ -47,7 +47,10 @@ class FrameSource:
 
 @dataclass
 class Ingest:
-    """What the read pass found. ``ids`` are users and items; ``sources`` the manifest's entries."""
+    """What the read pass found. ``ids`` are users and items; ``sources`` the manifest's entries.
+
+    ``float_ids``: rows whose user id, and whose item id, was a whole number written as a float.
+    """
 
     rows: RowSpill
     ids: tuple[IdSpill, IdSpill]
@@ -60,6 +63,7 @@ class Ingest:
     rating_range: tuple[float, float] = (np.inf, -np.inf)
     time_range: tuple[int, int] = (2**63 - 1, -(2**63))
     seen_bytes: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    float_ids: tuple[int, int] = (0, 0)
 
     @property
     def num_rejected(self) -> int:
@@ -152,6 +156,7 @@ def _keep(block: Block, source: Source | FrameSource, line: int, result: Ingest,
     n = block.rating.size
     if n == 0:
         return
+    result.float_ids = result.float_ids[0] + block.float_ids[0], result.float_ids[1] + block.float_ids[1]
     for side in range(2):
         first, second = block.hashes[side]
         new = seen[side].admit(first, second)

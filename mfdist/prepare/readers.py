@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mfdist.prepare.delimited_rows import cut_delimited, head_bytes, parse_delimited
-from mfdist.prepare.ids import hash_ids
+from mfdist.prepare.ids import hash_ids, plain_ids
 from mfdist.prepare.json_records import document_pieces
 from mfdist.prepare.json_rows import parse_document, parse_json_lines, parse_literal_lines
 from mfdist.prepare.layout import Layout
@@ -42,6 +42,7 @@ def parse(piece: Any, layout: Layout, rules: Rules) -> Block:
     """One piece as a block; runs in any thread."""
     block = FORMATS[layout.kind].parse(piece, layout, rules)
     for side in range(2):
+        block.float_ids.append(int(plain_ids(block.content, block.start[side], block.length[side])))
         first, second = (np.empty(block.rating.size, np.uint64) for _ in range(2))
         hash_ids(block.content, block.start[side], block.length[side], np.uint64(rules.salt), first, second)
         block.hashes.append((first, second))

@@ -49,6 +49,7 @@ class Block:
 
     ``dated``: which times came as dates and are seconds already. ``rejects`` holds (line or row, counted from the
     block's first as 0; reason; raw text), and ``where`` gives line and raw text of a row that was not refused.
+    ``float_ids``: how many of the users' and of the items' were whole numbers written as floats.
     ``lines`` is what the next block's lines begin after.
     """
 
@@ -64,6 +65,7 @@ class Block:
     where: Callable[[int], tuple[int, str]]
     packed_bytes: int = 0
     hashes: list[tuple[U64, U64]] = field(default_factory=list)
+    float_ids: list[int] = field(default_factory=list)
 
     def refuse(self, bad: npt.NDArray[np.bool_], reason: str) -> Block:
         """The block without these rows, which are among its rejects."""

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mfdist import storage
-from mfdist.data.id_text import float_id
+from mfdist.data.id_text import float_text
 from mfdist.errors import DataError
 from mfdist.prepare import delimited_text
 from mfdist.prepare.layout import Layout
@@ -147,7 +147,8 @@ def _texts(column: pa.ChunkedArray) -> pa.Array:
         raise pa.ArrowTypeError(str(kind))
     if pa.types.is_floating(kind):
         values = column.cast(pa.float64()).to_pylist()
-        texts = pa.array([None if v is None or not math.isfinite(v) else float_id(v) for v in values], pa.large_utf8())
+        finite = [None if v is None or not math.isfinite(v) else float_text(v) for v in values]
+        texts = pa.array(finite, pa.large_utf8())
     else:
         if pa.types.is_fixed_size_binary(kind):
             column = column.cast(pa.binary())

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from mfdist import storage
 from mfdist.data.dataset import MANIFEST, Dataset, FileEntry, Lane, Manifest, fingerprint
+from mfdist.data.id_text import ID_RULE
 from mfdist.errors import DataError
 from mfdist.log import Console
 from mfdist.prepare.config import PrepareConfig
@@ -273,7 +274,8 @@ def make_manifest(config: PrepareConfig, read: Ingest, plan: Plan, totals: Total
     cold_items = counts.train == 0
     extra = {"block_rows": BLOCK_ROWS, "hash_version": HASH_VERSION, "salt": read.rules.salt, "request": request,
              "time_unit": 1, "synthetic": is_synthetic(read),
-             "explicit_scale": config.rating_scale is not None,
+             "explicit_scale": config.rating_scale is not None, "id_rule": ID_RULE,
+             "float_ids": dict(zip(("user_id", "item_id"), read.float_ids, strict=True)),
              "cold": {"cold_user": totals.cold_user_val, "cold_item": int(counts.val[cold_items].sum()),
                       "cold_both": int(counts.val_of_cold[cold_items].sum())}}  # fmt: skip
     extra["val_in_train"] = dict(zip(("pairs", "rows"), totals.val_in_train, strict=True))
@@ -307,6 +309,9 @@ def say_totals(manifest: Manifest, read: Ingest, console: Console) -> None:
                  f"{manifest.filtered:,} + merged {manifest.merged:,}")  # fmt: skip
     for reason, count in sorted(manifest.rejected.items()):
         console.info(f"rejected: {reason}: {count:,}")
+    for side, count in zip(("user", "item"), read.float_ids, strict=True):
+        if count:
+            console.info(f"{count:,} {side} ids are whole numbers written as floats: 11.0 is read as 11")
     low, high = manifest.rating_scale
     console.info(
         f"{manifest.num_users:,} users, {manifest.num_items:,} items, {len(manifest.lanes)} lanes, ratings {low:g} to "

@@ -1,4 +1,7 @@
-"""Files that name users, items, or pairs of them: text with one id a line, CSV with a header, or Parquet."""
+"""Files that name users, items, or pairs of them: text with one id a line, CSV with a header, or Parquet.
+
+What an id is, is what preparation takes for one (``data.id_text``).
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,21 @@ import io
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from mfdist import storage
 from mfdist.data.id_text import id_texts
 from mfdist.errors import UsageError
+from mfdist.prepare import delimited_text
+from mfdist.prepare.delimited_rows import head_bytes
+from mfdist.prepare.headers import spellings
+from mfdist.prepare.layout import Layout
+from mfdist.prepare.readers import parse
+from mfdist.prepare.row_blocks import REASONS, Rules
+from mfdist.results.block_ids import texts_of
+
+MARK, BLANKS = "\ufeff", " \t"
+EMPTY = (REASONS[delimited_text.USER], REASONS[delimited_text.ITEM])
 
 
 class IdFile(NamedTuple):
@@ -45,33 +57,45 @@ def read_id_file(path: str, flag: str, column: str) -> IdFile:
         raise UsageError(f"{shown}: there is no such file.") from None
     checksum = hashlib.blake2b(content, digest_size=16).hexdigest()
     try:
-        table = _table(content)
-        if table is None:
-            lines = content.decode("utf-8-sig").splitlines()
-            return IdFile([line for line in lines if line], None, None, checksum)
-        if {"user_id", "item_id"} <= set(table.column_names):
-            both = table.select(["user_id", "item_id"]).drop_null()
-            return IdFile([], id_texts(both.column(0)), id_texts(both.column(1)), checksum)
-        chosen = table[column] if column in table.column_names else table.column(0)
-        return IdFile([name for name in id_texts(chosen.drop_null()) if name], None, None, checksum)
+        if content[:4] == b"PAR1":
+            return _of_table(pq.read_table(io.BytesIO(content)), column, checksum)
+        separator, names = _header(content)
+        if names:
+            return _of_text(content, separator, names, column, checksum, shown)
+        lines = (line.lstrip(MARK).strip(BLANKS) for line in content.decode().splitlines())
+        return IdFile(id_texts(line for line in lines if line), None, None, checksum)
     except (UnicodeDecodeError, pa.ArrowException) as error:
         raise UsageError(f"{shown} is neither text nor Parquet ({error}).") from None
 
 
-def _table(content: bytes) -> pa.Table | None:
-    """Parquet, or CSV with a header that names user_id or item_id; None for plain lines."""
-    if content[:4] == b"PAR1":
-        return pq.read_table(io.BytesIO(content))
-    head = content[: 1 << 16].decode("utf-8-sig", "replace").split("\n", 1)[0].strip()
+def _of_table(table: pa.Table, column: str, checksum: str) -> IdFile:
+    if {"user_id", "item_id"} <= set(table.column_names):
+        both = table.select(["user_id", "item_id"]).drop_null()
+        return IdFile([], id_texts(both.column(0)), id_texts(both.column(1)), checksum)
+    chosen = table[column] if column in table.column_names else table.column(0)
+    return IdFile([name for name in id_texts(chosen.drop_null()) if name], None, None, checksum)
+
+
+def _header(content: bytes) -> tuple[str, list[str]]:
+    """The separator and the names of a first line that names user_id or item_id, in whatever spelling; else none."""
+    head = content[: 1 << 16].decode("utf-8", "replace").split("\n", 1)[0].strip()
     separator = "\t" if "\t" in head else ","
-    names = [name.strip().strip('"') for name in head.split(separator)]
-    if not {"user_id", "item_id"} & set(names):
-        return None
-    text = content.removeprefix(b"\xef\xbb\xbf")
-    return pacsv.read_csv(
-        io.BytesIO(text),
-        parse_options=pacsv.ParseOptions(delimiter=separator),
-        convert_options=pacsv.ConvertOptions(
-            column_types={name: pa.string() for name in names}, strings_can_be_null=False
-        ),
-    )
+    known = {"userid": "user_id", "itemid": "item_id"}
+    names = [known.get(spellings(name)[0], name) for name in head.split(separator)]
+    return separator, names if {"user_id", "item_id"} & set(names) else []
+
+
+def _of_text(content: bytes, separator: str, names: list[str], column: str, checksum: str, shown: str) -> IdFile:
+    """Delimited text below a header, read as preparation reads it; UsageError names a row that cannot be."""
+    places = [names.index(name) if name in names else -1 for name in ("user_id", "item_id")]
+    pairs = min(places) >= 0
+    if not pairs:
+        places = [names.index(column) if column in names else 0] * 2
+    layout = Layout("delimited", shown, (*places, -1, -1), separator, header=1, num_fields=len(names))
+    content += b"\n"
+    block = parse((content, 0, head_bytes(content, layout, True)), layout, Rules(0, None, False))
+    for line, reason, text in block.rejects:
+        if pairs or reason not in EMPTY:
+            raise UsageError(f"{shown}, line {line + 1}: {reason}: {text[:120]!r}.")
+    users, items = (texts_of(block, side).to_pylist() for side in range(2))
+    return IdFile([], users, items, checksum) if pairs else IdFile(users, None, None, checksum)
