@@ -6,7 +6,10 @@ The program is :mod:`mfdist.jobs.baseline`.
 
 import sys
 
-from mfdist.jobs.baseline import job, main
+from mfdist.loading import loading
+
+with loading():
+    from mfdist.jobs.baseline import job, main
 
 __all__ = ["main"]
 

@@ -6,7 +6,10 @@ The program is :mod:`mfdist.jobs.checkpoint`.
 
 import sys
 
-from mfdist.jobs.checkpoint import job, main
+from mfdist.loading import loading
+
+with loading():
+    from mfdist.jobs.checkpoint import job, main
 
 __all__ = ["main"]
 

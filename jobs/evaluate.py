@@ -6,7 +6,10 @@ The program is :mod:`mfdist.jobs.evaluate`.
 
 import sys
 
-from mfdist.jobs.evaluate import job, main
+from mfdist.loading import loading
+
+with loading():
+    from mfdist.jobs.evaluate import job, main
 
 __all__ = ["main"]
 

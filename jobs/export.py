@@ -6,7 +6,10 @@ The program is :mod:`mfdist.jobs.export`.
 
 import sys
 
-from mfdist.jobs.export import job, main
+from mfdist.loading import loading
+
+with loading():
+    from mfdist.jobs.export import job, main
 
 __all__ = ["main"]
 

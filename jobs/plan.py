@@ -6,7 +6,10 @@ The program is :mod:`mfdist.jobs.plan`.
 
 import sys
 
-from mfdist.jobs.plan import job, main
+from mfdist.loading import loading
+
+with loading():
+    from mfdist.jobs.plan import job, main
 
 __all__ = ["main"]
 

@@ -6,7 +6,10 @@ The program is :mod:`mfdist.jobs.predict`.
 
 import sys
 
-from mfdist.jobs.predict import job, main
+from mfdist.loading import loading
+
+with loading():
+    from mfdist.jobs.predict import job, main
 
 __all__ = ["main"]
 

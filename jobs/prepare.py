@@ -6,7 +6,10 @@ The program is :mod:`mfdist.jobs.prepare`.
 
 import sys
 
-from mfdist.jobs.prepare import job, main
+from mfdist.loading import loading
+
+with loading():
+    from mfdist.jobs.prepare import job, main
 
 __all__ = ["main"]
 

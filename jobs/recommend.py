@@ -6,7 +6,10 @@ The program is :mod:`mfdist.jobs.recommend`.
 
 import sys
 
-from mfdist.jobs.recommend import job, main
+from mfdist.loading import loading
+
+with loading():
+    from mfdist.jobs.recommend import job, main
 
 __all__ = ["main"]
 

@@ -6,7 +6,10 @@ The program is :mod:`mfdist.jobs.similar`.
 
 import sys
 
-from mfdist.jobs.similar import job, main
+from mfdist.loading import loading
+
+with loading():
+    from mfdist.jobs.similar import job, main
 
 __all__ = ["main"]
 

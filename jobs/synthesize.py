@@ -6,7 +6,10 @@ The program is :mod:`mfdist.jobs.synthesize`.
 
 import sys
 
-from mfdist.jobs.synthesize import job, main
+from mfdist.loading import loading
+
+with loading():
+    from mfdist.jobs.synthesize import job, main
 
 __all__ = ["main"]
 

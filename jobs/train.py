@@ -6,7 +6,10 @@ The program is :mod:`mfdist.jobs.train`.
 
 import sys
 
-from mfdist.jobs.train import job, main
+from mfdist.loading import loading
+
+with loading():
+    from mfdist.jobs.train import job, main
 
 __all__ = ["main"]
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from mfdist import __version__
 from mfdist.errors import UsageError, exit_code_of
+from mfdist.loading import loading
 
 JOBS = {
     "prepare": "make a dataset directory of raw ratings",
@@ -37,13 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mfdist {__version__}")
         return 0
     if name == LAUNCH:
-        from mfdist.cluster import launch
+        with loading():
+            from mfdist.cluster import launch
 
         return exit_code_of(lambda: launch.main(rest))
     if name not in JOBS:
         return exit_code_of(lambda: _unknown(name))
     sys.argv = [f"mfdist {name}", *rest]
-    code: int = importlib.import_module(f"mfdist.jobs.{name}").job()
+    with loading():
+        job = importlib.import_module(f"mfdist.jobs.{name}").job
+    code: int = job()
     return code
 
 

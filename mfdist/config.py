@@ -31,6 +31,11 @@ else:
     import tomli as tomllib
 
 C = TypeVar("C")
+GROUPS = (
+    "what to plan for", "data", "validation rows", "layout", "an existing dataset", "model", "optimization", "run",
+    "cluster",
+)  # fmt: skip
+"""The order of headings."""
 _READY = importlib.resources.files("mfdist") / "configs"
 
 
@@ -54,14 +59,22 @@ def flag(
     above: float | None = None,
     at_most: float | None = None,
     many: bool = False,
+    group: str = "",
+    basic: bool = False,
+    metavar: str = "",
+    example: str = "",
 ) -> Any:
     """A dataclass field that is a flag. ``help`` states meaning and unit; the default is added to it.
+
+    ``group``: the heading that it stands under, of GROUPS. ``basic``: ``--help`` shows it; where no flag of a job is
+    basic it shows them all. ``metavar``: what stands for the value, its unit or kind; ``example``: a value.
 
     ``parse`` turns the text of the command line or of a TOML string into the value and raises ValueError
     with a sentence; without it the field's type decides (int, float, str, bool). ``many``: one or more values.
     """
     meta = {"help": help, "parse": parse, "choices": tuple(choices), "at_least": at_least, "above": above,
-            "at_most": at_most, "many": many, "positional": False}  # fmt: skip
+            "at_most": at_most, "many": many, "positional": False, "group": group, "basic": basic,
+            "metavar": metavar, "example": example}  # fmt: skip
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -85,8 +98,9 @@ def parse_config(cls: type[C], argv: Sequence[str] | None, description: str, pro
 
 
 def _parse(cls: type[C], argv: Sequence[str] | None, description: str, prog: str | None) -> C:
-    parser = _build_parser(cls, description, prog)
-    given = vars(parser.parse_args(sys.argv[1:] if argv is None else list(argv)))
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = _build_parser(cls, description, prog, everything="--help-all" in words)
+    given = vars(parser.parse_args(words))
     config_file = given.pop("config", None)
     values = read_toml(cls, config_file) if config_file else {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
@@ -188,27 +202,85 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}.{hint} See {self.prog} --help.")
 
 
-def _build_parser(cls: type[Any], description: str, prog: str | None) -> argparse.ArgumentParser:
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--config", metavar="FILE.toml|NAME", default=argparse.SUPPRESS,
-                        help="a TOML file that sets any of these flags, or a ready one by its name (for training: "
-                        f"{', '.join(ready())}); the command line wins")  # fmt: skip
+def _build_parser(cls: type[Any], description: str, prog: str | None, everything: bool) -> argparse.ArgumentParser:
+    """``everything``: --help shows all flags, not only the basic ones."""
+    shown_fields = [f for f in dataclasses.fields(cls) if everything or f.metadata["positional"] or is_basic(cls, f)]
+    hidden = len(dataclasses.fields(cls)) - len(shown_fields)
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, add_help=False, usage=_usage(cls),
+                     formatter_class=_Formatter,
+                     epilog=f"{hidden} more flags: --help-all shows them." if hidden else None)  # fmt: skip
+    parser._positionals.title = "arguments"
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        meta = field.metadata
-        if meta["positional"]:
+        if field.metadata["positional"]:
+            meta = field.metadata
             parser.add_argument(field.name, nargs="*" if meta["optional"] else "+", help=meta["help"],
                                 metavar=field.name.rstrip("s").upper(), default=argparse.SUPPRESS)  # fmt: skip
-            continue
-        name, text = _flag_name(field.name), f"{meta['help']} (default: {shown(field.default)})".replace("%", "%%")
-        if _plain_type(hints[field.name]) is bool:
-            parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
-        else:
-            metavar = "|".join(meta["choices"]) or field.name.upper().split("_")[-1]
-            parser.add_argument(name, dest=field.name, metavar=metavar, help=text, default=argparse.SUPPRESS,
-                                nargs="+" if meta["many"] else None)  # fmt: skip
+    for title, members in groups(cls).items():
+        section = parser.add_argument_group(title)
+        for field in members:
+            text = described(field).replace("%", "%%") if field in shown_fields else argparse.SUPPRESS
+            name, many = _flag_name(field.name), "+" if field.metadata["many"] else None
+            if _plain_type(hints[field.name]) is bool:
+                section.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
+            else:
+                section.add_argument(name, dest=field.name, metavar=metavar_of(field), help=text, nargs=many,
+                                     default=argparse.SUPPRESS)  # fmt: skip
+    section = parser.add_argument_group("help and files of flags")
+    section.add_argument("--config", metavar="FILE.toml|NAME", default=argparse.SUPPRESS, help=config_help(cls))
+    section.add_argument("-h", "--help", action="help", help="show the basic flags" if hidden else "show the flags")
+    section.add_argument("--help-all", action="help", help="show every flag")
     return parser
+
+
+def groups(cls: type[Any]) -> dict[str, list[dataclasses.Field[Any]]]:
+    """The flags of a job by their headings, as help and documents show them: basic ones first."""
+    found: dict[str, list[dataclasses.Field[Any]]] = {}
+    for field in dataclasses.fields(cls):
+        if not field.metadata["positional"]:
+            found.setdefault(field.metadata["group"] or "flags", []).append(field)
+    titles = sorted(found, key=lambda title: GROUPS.index(title) if title in GROUPS else len(GROUPS))
+    return {title: sorted(found[title], key=lambda field: not is_basic(cls, field)) for title in titles}
+
+
+def is_basic(cls: type[Any], field: dataclasses.Field[Any]) -> bool:
+    """Whether ``--help`` shows a flag."""
+    return field.metadata.get("basic", False) or not any(f.metadata.get("basic") for f in dataclasses.fields(cls))
+
+
+def described(field: dataclasses.Field[Any]) -> str:
+    """What help says of a flag: meaning, example, default."""
+    meta, default = field.metadata, shown(field.default)
+    example = f", such as {meta['example']}" if meta["example"] else ""
+    if isinstance(field.default, bool) or not default or (field.default is None and "not set" in meta["help"]):
+        return f"{meta['help']}{example}"
+    return f"{meta['help']}{example} (default: {default})"
+
+
+def metavar_of(field: dataclasses.Field[Any]) -> str:
+    """What stands for a flag's value."""
+    meta = field.metadata
+    return "|".join(meta["choices"]) or meta["metavar"] or field.name.upper().split("_")[-1]
+
+
+def config_help(cls: type[Any]) -> str:
+    """What help says of ``--config``."""
+    known = {name for name in ready() if read_ready(name).keys() <= {field.name for field in dataclasses.fields(cls)}}
+    named = f", or a ready one by its name ({', '.join(sorted(known))})" if known else ""
+    return f"a TOML file that sets any of these flags{named}; the command line wins"
+
+
+def _usage(cls: type[Any]) -> str:
+    named = [(f.name.rstrip("s").upper(), f.metadata["optional"]) for f in dataclasses.fields(cls)
+             if f.metadata["positional"]]  # fmt: skip
+    return " ".join(["%(prog)s", *(f"[{name} ...]" if free else f"{name} [...]" for name, free in named), "[flags]"])
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Flags in a column of their own, texts beside them."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
 
 
 def _convert(field: dataclasses.Field[Any], value: Any, where: str, cls: type[Any]) -> Any:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from mfdist.cluster.launch import main
 from mfdist.errors import exit_code_of
+from mfdist.loading import loading
+
+with loading():
+    from mfdist.cluster.launch import main
 
 __all__ = ["main"]
 

@@ -1,13 +1,15 @@
 """What a run says: lines on the console, progress while it works, and ``metrics.jsonl``.
 
 Only rank 0 speaks. On a terminal a bar is redrawn in place every second, whether or not anything moves; elsewhere there
-is a plain line every ten seconds. So a job that is at work is never silent.
+is a plain line every ten seconds. So a job that is at work is never silent. Time in which kernels are compiled is said
+to be that, and is no part of rates and of the time left.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -16,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mfdist import storage
+from mfdist import compilation, storage
 
 PLAIN_INTERVAL_SECONDS = 10.0
 REDRAW_SECONDS = 1.0
@@ -59,23 +61,22 @@ class Progress:
     def __init__(self, label: str, total: int | None, start: int, unit: str, speaks: bool) -> None:
         self._label, self._total, self._unit, self._done, self._start = label, total, unit, start, start
         self._began = self._spoke = time.monotonic()
+        self._compiled_before = self._left_out = compilation.seconds()
         self._note, self._speaks, self._said = "", speaks, False
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
-        self._bar = None
+        self._bar: Any = None
         self._terminal = speaks and sys.stderr.isatty()
         if self._terminal and total is not None:
-            self._bar = tqdm(desc=label, total=total, initial=start, unit=" " + unit, unit_scale=True, leave=False,
-                             dynamic_ncols=True)  # fmt: skip
+            self._bar = _bar(desc=label, total=total, initial=start, unit=" " + unit, unit_scale=True)
 
     def advance(self, units: int, note: str = "") -> None:
         """``units`` more are done; ``note`` stands behind the line when one is shown."""
         self._done += units
+        self._note = note or self._note
         if self._bar is not None:
-            if note and note != self._note:
-                self._bar.set_postfix_str(note, refresh=False)
+            self._leave_out_compilation()
             self._bar.update(units)
-        self._note = note
         if self._speaks and not self._terminal:
             self._plain_line_if_due()
 
@@ -90,13 +91,27 @@ class Progress:
         while not self._end.wait(wait):
             wait = REDRAW_SECONDS
             if self._bar is None and self._terminal:
-                self._bar = tqdm(desc=self._label, bar_format="{desc}: {elapsed}", leave=False)
+                self._bar = _bar(desc=self._label, bar_format="{desc}: {elapsed}{postfix}")
             elif self._bar is not None:
+                self._leave_out_compilation()
                 self._bar.refresh()
+            elif compilation.first_spell():
+                self._print(f"compiling kernels, {compilation.USUALLY} ...")
             elif self._total is None and not self._said:
                 self._print(f"{self._label} ...")
             else:
                 self._plain_line_if_due()
+
+    def _leave_out_compilation(self) -> None:
+        """The bar's time is without compilation, whose time stands behind it while it lasts."""
+        compiled = compilation.seconds()
+        self._bar.start_t += compiled - self._left_out
+        self._bar.last_print_t += compiled - self._left_out
+        self._left_out = compiled
+        note = self._note
+        if compilation.under_way():
+            note = f"compiling kernels, {compilation.USUALLY}: {compiled - self._compiled_before:.0f} s"
+        self._bar.set_postfix_str(note, refresh=False)
 
     def _plain_line_if_due(self) -> None:
         now = time.monotonic()
@@ -108,9 +123,13 @@ class Progress:
         print(text, flush=True)
 
     def _line(self, now: float) -> str:
+        compiled = compilation.seconds() - self._compiled_before
+        if compilation.under_way():
+            return f"compiling kernels, {compilation.USUALLY}: {compiled:.0f} s so far"
+        spent = now - self._began - compiled
         if self._total is None:
-            return f"{self._label}: {now - self._began:.0f} s so far"
-        rate = (self._done - self._start) / max(now - self._began, 1e-9)
+            return f"{self._label}: {spent:.0f} s so far"
+        rate = (self._done - self._start) / max(spent, 1e-9)
         left = (self._total - self._done) / rate if rate else math.inf
         share = 100 * self._done / max(self._total, 1)
         shown = time.strftime("%H:%M:%S", time.gmtime(left)) if math.isfinite(left) else "unknown"
@@ -130,10 +149,26 @@ class Progress:
             self._thread.join()
         if self._bar is not None:
             self._bar.close()
-        seconds = time.monotonic() - self._began
+        compiled = compilation.seconds() - self._compiled_before
+        seconds = time.monotonic() - self._began - compiled
+        if self._speaks and error[0] is None and compiled > 2:
+            self._close_with(f"kernels compiled in {compiled:.0f} s; they are kept for the next time")
         if self._total is None and error[0] is None and (self._said or (self._bar is not None and seconds > 2)):
-            tqdm.write(f"{self._label}: {seconds:.0f} s", file=sys.stdout)
-            sys.stdout.flush()
+            self._close_with(f"{self._label}: {seconds:.0f} s")
+
+    def _close_with(self, text: str) -> None:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def _bar(**options: Any) -> Any:
+    """A bar as wide as the terminal; some terminals, as in containers, say that they have no columns at all."""
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except OSError:
+        columns = 0
+    width: dict[str, Any] = {"dynamic_ncols": True} if columns else {"ncols": 80}
+    return tqdm(leave=False, **width, **options)
 
 
 Record = dict[str, Any]

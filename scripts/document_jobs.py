@@ -23,6 +23,7 @@ Made from the code by `scripts/document_jobs.py`. `jobs/NAME.py` of a checkout, 
 `python -m mfdist.jobs.NAME` are the same program; those that work on several ranks start under torchrun, or under
 `python -m mfdist.launch` (`mfdist launch`), which takes torchrun's flags and passes on the exit codes below. Every job
 takes `--config`, a TOML file that sets any of its flags; the command line wins. Every path may be a URL of fsspec.
+`--help` shows the flags that are needed first (here in bold), `--help-all` every one.
 
 | exit code | |
 |---|---|
@@ -59,20 +60,33 @@ def config_class(job: str) -> Any:
     raise AssertionError(f"{job} reads no flags")
 
 
-def row(field: dataclasses.Field[Any]) -> str:
+def row(field: dataclasses.Field[Any], basic: bool) -> str:
     meta = field.metadata
-    name = field.name.rstrip("s").upper() if meta["positional"] else "--" + field.name.replace("_", "-")
-    values = "" if meta["positional"] else " " + " or ".join(f"`{choice}`" for choice in meta["choices"])
-    default = "" if meta["positional"] or isinstance(field.default, bool) else config.shown(field.default)
-    return f"| `{name}`{values.rstrip()} | {meta['help']} | {default} |".replace("||", "| |")
+    name = f"`--{field.name.replace('_', '-')}`"
+    values = " or ".join(f"`{choice}`" for choice in meta["choices"])
+    example = f", such as `{meta['example']}`" if meta["example"] else ""
+    default = "" if isinstance(field.default, bool) else config.shown(field.default)
+    return f"| {f'**{name}**' if basic else name} {values}".rstrip() + f" | {meta['help']}{example} | {default} |"
+
+
+def tables(cls: Any) -> str:
+    """The flags by their groups, as --help-all shows them; bold are those that --help shows, where it leaves some out."""
+    fields = dataclasses.fields(cls)
+    some = not all(config.is_basic(cls, field) for field in fields if not field.metadata["positional"])
+    named = [f"| `{f.name.rstrip('s').upper()}` | {f.metadata['help']} | |" for f in fields if f.metadata["positional"]]
+    parts = []
+    for title, members in config.groups(cls).items():
+        head = f"| {title if title != 'flags' else 'flag'} | meaning | default |\n|---|---|---|"
+        parts.append("\n".join([head, *named, *(row(f, some and config.is_basic(cls, f)) for f in members)]))
+        named = []
+    return "\n\n".join(parts or ["\n".join(["| flag | meaning | default |", "|---|---|---|", *named])])
 
 
 def section(job: str) -> str:
     text = inspect.getdoc(importlib.import_module(f"mfdist.jobs.{job}")) or ""
     words = "\n".join("    " + line.strip() if re.match(r"\s*(python|torchrun|mfdist) ", line) else line
                       for line in text.splitlines())  # fmt: skip
-    rows = "\n".join(row(field) for field in dataclasses.fields(config_class(job)))
-    return f"## {job}\n\n{words}\n\n| flag | meaning | default |\n|---|---|---|\n{rows}\n"
+    return f"## {job}\n\n{words}\n\n{tables(config_class(job))}\n"
 
 
 def document() -> str:

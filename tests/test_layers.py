@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mfdist"
 
-TOP = "errors storage config log metrics"
+TOP = "errors storage config log metrics compilation loading"
 ROOMS = {
     "kernels": "",
     "cluster": f"kernels {TOP}",
@@ -33,9 +33,11 @@ ROOMS = {
     "errors": "",
     "storage": "errors",
     "config": "errors storage",
-    "log": "errors storage",
+    "compilation": "",
+    "loading": "",
+    "log": "errors storage compilation",
     "metrics": "",
-    "launch": "cluster errors",
+    "launch": "cluster errors loading",
     "__main__": f"jobs cluster {TOP}",
     "__init__": "api",
 }

@@ -49,7 +49,8 @@ def run_baseline(config: BaselineConfig, console: Console | None = None) -> dict
     console = console or Console()
     began = time.monotonic()
     dataset = Dataset.open(config.data)
-    dataset.check_files()
+    with console.busy("looking at the dataset's files"):
+        dataset.check_files()
     _check_run(config.run_dir)
     limit = available_bytes() if config.max_memory is None else config.max_memory
     needed = svd.check_memory(dataset, config.factors, config.sample_users, limit)
@@ -58,7 +59,7 @@ def run_baseline(config: BaselineConfig, console: Console | None = None) -> dict
     console.info(f"Surprise's SVD needs about {needed / 1e9:.2f} GB and {seconds:.0f} s")
     storage.remove(storage.join(config.run_dir, "report.json"))
     storage.write_text(storage.join(config.run_dir, "config.toml"), to_toml(config))
-    with console.progress("SVD", work) as progress:
+    with console.progress("fit SVD", work) as progress:
         fitted = svd.fit(
             dataset, factors=config.factors, epochs=config.epochs, seed=config.seed, sample=config.sample_users,
             advance=progress.advance,
@@ -68,8 +69,10 @@ def run_baseline(config: BaselineConfig, console: Console | None = None) -> dict
     console.info(f"predictions equal svd.test to {worst:.0e} on the first {CHECKED_ROWS} validation rows")
     figures = sums.figures()
     epochs = _epochs(fitted, fit_end, figures)
-    write_model(config.run_dir, fitted.tensors(), _model_config(config), dataset)
-    table = _report(config, dataset, epochs, figures, began)
+    with console.busy("writing the model"):
+        write_model(config.run_dir, fitted.tensors(), _model_config(config), dataset)
+    with console.busy("what simple predictions reach"):
+        table = _report(config, dataset, epochs, figures, began)
     log = MetricsLog(storage.join(config.run_dir, "metrics.jsonl"))
     for entry in epochs:
         log.write("epoch", **entry)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,13 +181,15 @@ def fingerprint(checksums: list[str]) -> str:
     return hashlib.blake2b("".join(checksums).encode(), digest_size=16).hexdigest()
 
 
-def verify(dataset: Dataset) -> Iterator[str]:
-    """Re-read every file and yield a sentence for each one that is not what the manifest says."""
+def verify(dataset: Dataset, advance: Callable[[int], None] = lambda _bytes: None) -> Iterator[str]:
+    """Re-read every file and yield a sentence for each one that is not what the manifest says; ``advance`` is told the
+    bytes of each file behind it."""
     for entry in dataset.manifest.files:
         path = dataset.file_path(entry)
         fault = size_fault(path, entry)
         if fault is None and checksum(path) != entry.checksum:
             fault = "has another checksum than the manifest says"
+        advance(entry.bytes)
         if fault:
             yield f"{storage.redact(path)} {fault}"
 

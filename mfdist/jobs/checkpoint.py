@@ -12,12 +12,13 @@ from collections.abc import Sequence
 
 from mfdist.config import parse_config
 from mfdist.errors import exit_code_of
+from mfdist.log import Console
 from mfdist.run.checkpoint_tool import HousekeepingConfig, manage_checkpoints
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(HousekeepingConfig, argv, __doc__ or "")
-    manage_checkpoints(config, print)
+    manage_checkpoints(config, Console().info)
     return 0
 
 

@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from mfdist import storage
 from mfdist.config import parse_config
 from mfdist.errors import exit_code_of
+from mfdist.log import Console
 from mfdist.results.vectors import ExportConfig, export_vectors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(ExportConfig, argv, __doc__ or "")
-    files = export_vectors(config)
+    files = export_vectors(config, Console())
     print(f"{storage.redact(config.out)}: {', '.join(files[:6])}{' ...' if len(files) > 6 else ''}")
     return 0
 

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 
 from mfdist.config import parse_config
 from mfdist.errors import exit_code_of
+from mfdist.log import Console
 from mfdist.planning.plan import PlanConfig, format_plans, plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(PlanConfig, argv, __doc__ or "")
-    print(format_plans(plan(config), config))
+    print(format_plans(plan(config, Console()), config))
     return 0
 
 

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from mfdist import storage
 from mfdist.config import parse_config
 from mfdist.errors import exit_code_of
+from mfdist.log import Console
 from mfdist.synthetic.synthesize import SynthesizeConfig, synthesize, truth_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(SynthesizeConfig, argv, __doc__ or "")
-    truth = synthesize(config)
+    truth = synthesize(config, Console())
     floor = truth.noise_floor
     print(
         f"{storage.redact(config.out)}: {truth.rows:,} synthetic ratings of {truth.num_users:,} users and "

@@ -287,7 +287,7 @@ def _steps(session: Session, seconds: float) -> tuple[int, float]:
             if steps < next_check and steps < left:
                 continue
             np.sum(session.world.gather(torch.stack(pending).cpu().numpy()), axis=0)
-            spent, *_ = session.world.max([time.monotonic() - began, *[0.0] * 4])
+            spent, *_ = session.world.max([time.monotonic() - began, *[0.0] * 7])
             pending = []
             if steps == WARM_UP_STEPS < left:
                 began, spent = time.monotonic(), 0.0

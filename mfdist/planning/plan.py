@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,11 +28,13 @@ from mfdist.data.loader import available_bytes, ranks_here
 from mfdist.data.scan import id_dtype
 from mfdist.errors import UsageError
 from mfdist.kernels import stride_of
+from mfdist.log import Console
 from mfdist.model.objective import ITEM, USER
 from mfdist.model.tables import item_layout, user_layout
 from mfdist.planning import calibration
 from mfdist.planning.calibration import Measured, Trial
 from mfdist.prepare.lanes import row_group_rows
+from mfdist.results.report import current_rss
 from mfdist.training.config import TrainConfig
 from mfdist.training.data_facts import fitted
 
@@ -62,12 +63,47 @@ def parse_ranks(text: str) -> tuple[int, ...]:
 class PlanConfig(TrainConfig):
     """The flags of jobs/train.py, and for what to plan."""
 
-    ranks: tuple[int, ...] = flag((1, 2, 4, 8), "numbers of ranks to plan for, such as 1,2,8", parse=parse_ranks)
-    calibrate_seconds: float = flag(2.0, "seconds of steps to time for each number of ranks; 0: no times", at_least=0)
-    ranks_per_host: int = flag(0, "ranks that share a host; 0: all of them, up to this machine's cores", at_least=0)
-    threads: int = flag(0, "threads of a rank; 0: this machine's cores divided by the ranks of a host", at_least=0)
-    network_gbps: float = flag(10.0, "network of a host, gigabits per second", above=0)
-    network_latency: float = flag(50.0, "time of a message from host to host, microseconds", at_least=0)
+    ranks: tuple[int, ...] = flag(
+        (1, 2, 4, 8),
+        "numbers of ranks to plan for, such as 1,2,8",
+        parse=parse_ranks,
+        group="what to plan for",
+        basic=True,
+        metavar="NUMBERS",
+    )
+    calibrate_seconds: float = flag(
+        2.0,
+        "seconds of steps to time for each number of ranks; 0: no times",
+        at_least=0,
+        group="what to plan for",
+        basic=True,
+        metavar="SECONDS",
+    )
+    ranks_per_host: int = flag(
+        0,
+        "ranks that share a host; 0: all of them, up to this machine's cores",
+        at_least=0,
+        group="what to plan for",
+        basic=True,
+        metavar="NUMBER",
+    )
+    threads: int = flag(
+        0,
+        "threads of a rank; 0: this machine's cores divided by the ranks of a host",
+        at_least=0,
+        group="what to plan for",
+        metavar="NUMBER",
+    )
+    network_gbps: float = flag(
+        10.0, "network of a host, gigabits per second", above=0, group="what to plan for", basic=True, metavar="GBPS"
+    )
+    network_latency: float = flag(
+        50.0,
+        "time of a message from host to host, microseconds",
+        at_least=0,
+        group="what to plan for",
+        metavar="MICROSECONDS",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,19 +142,21 @@ class Plan:
         return self.table_bytes + self.loader_bytes + self.step_bytes + self.end_bytes + self.base_bytes
 
 
-def plan(config: PlanConfig) -> list[Plan]:
+def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
     """A plan for each of ``config.ranks``; UsageError where a number exceeds the lanes or --data is missing."""
     if config.data is None:
         raise UsageError("--data is needed: the plan is made from a prepared dataset.")
-    base = resident_bytes() + PROCESS_BYTES
-    config, dataset = fitted(config, Dataset.open(config.data), World.alone())
+    console = console or Console(False)
+    base = current_rss() + PROCESS_BYTES
+    with console.busy("counting the ratings of users and items"):
+        config, dataset = fitted(config, Dataset.open(config.data), World.alone())
     lanes = len(dataset.manifest.lanes)
     if max(config.ranks) > lanes:
         raise UsageError(f"--ranks {max(config.ranks)}: the dataset has {lanes} lanes; ask for at most as many ranks.")
     plans = [plan_for(config, dataset, ranks, base) for ranks in config.ranks]
     if not config.calibrate_seconds or not dataset.manifest.num_ratings["train"]:
         return plans
-    found = measured(config, dataset.manifest)
+    found = measured(config, dataset.manifest, console)
     return [
         with_times(one, config, dataset.manifest, *found[one.ranks]) if one.ranks in found else one for one in plans
     ]
@@ -223,16 +261,10 @@ def rating_bytes(manifest: Manifest) -> int:
     return 4 + sum(int(kind.itemsize) for kind in ids)
 
 
-def resident_bytes() -> int:
-    """Memory of this process now, in bytes."""
-    with open("/proc/self/statm") as stream:
-        return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 # Times --------------------------------------------------------------------------------------------
 
 
-def measured(config: PlanConfig, manifest: Manifest) -> dict[int, tuple[Measured, int]]:
+def measured(config: PlanConfig, manifest: Manifest, console: Console) -> dict[int, tuple[Measured, int]]:
     """For each number of ranks whose tables fit here: what was measured, and the bytes of a process by itself."""
     train = TrainConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)})
     width = config.form(manifest).stored_width(USER)  # the wider ones
@@ -244,11 +276,13 @@ def measured(config: PlanConfig, manifest: Manifest) -> dict[int, tuple[Measured
             whole = fit == calibration.lanes_of_process(manifest, trial)
             trials.append(trial if whole else dataclasses.replace(trial, lanes=fit))
     found = {}
-    for processes, group in itertools.groupby(trials, lambda trial: trial.processes):
-        threads = config.threads or max(1, usable_cores() // processes)
-        answers = calibration.measure(train, list(group), threads)
-        base = process_bytes(config, manifest, answers[0])
-        found.update({answer.trial.ranks: (answer, base) for answer in answers})
+    with console.progress("trying it on this machine", len(trials), unit="trials") as progress:
+        for processes, group in itertools.groupby(trials, lambda trial: trial.processes):
+            threads = config.threads or max(1, usable_cores() // processes)
+            answers = calibration.measure(train, list(group), threads)
+            base = process_bytes(config, manifest, answers[0])
+            found.update({answer.trial.ranks: (answer, base) for answer in answers})
+            progress.advance(len(answers))
     return found
 
 

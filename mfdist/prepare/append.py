@@ -100,12 +100,13 @@ def append(config: PrepareConfig, dataset: Dataset, read: Ingest, scratch: str, 
     """Add the rows of ``read`` to ``dataset``."""
     manifest, root = dataset.manifest, dataset.path
     check_memory(read.rows.rows, 2 * config.memory, "the append", "--memory, or append fewer files at a time")
-    counts = read.rows.finish()
-    for ids in read.ids:
-        ids.finish()
-    salt = int(manifest.extra["salt"])
-    users, items = (compare(dataset, side, ids.read(), salt) for side, ids in zip(("users", "items"), read.ids,
-                                                                                   strict=True))  # fmt: skip
+    with console.busy("finding the users and items that are known"):
+        counts = read.rows.finish()
+        for ids in read.ids:
+            ids.finish()
+        salt = int(manifest.extra["salt"])
+        users, items = (compare(dataset, side, ids.read(), salt) for side, ids in zip(("users", "items"), read.ids,
+                                                                                       strict=True))  # fmt: skip
     bounds = group_bounds(counts, GROUP_ROWS)
     try:
         parts = list(Groups(read, config.duplicates, counts, bounds, os.cpu_count() or 1, console)("count"))
@@ -117,12 +118,14 @@ def append(config: PrepareConfig, dataset: Dataset, read: Ingest, scratch: str, 
     rows["item"] = items.rows(rows["item"], manifest.num_items + np.arange(len(items.new)))
     rows["user"] = users.rows(rows["user"], manifest.num_users + np.arange(len(users.new)))
     lanes = with_new_ranges(manifest, new_lane)
-    lanes, files, added = write_added(config, manifest, root, lanes, rows, len(users.new), scratch)
+    with console.busy("writing what is new"):
+        lanes, files, added = write_added(config, manifest, root, lanes, rows, len(users.new), scratch)
     grown = grow(manifest, read, lanes, files, users, items, rows["user"].size)
     num_old = sum(manifest.num_ratings.values())
     assert read.num_in == sum(added) + read.num_rejected + (grown.merged - manifest.merged)
     assert sum(grown.num_ratings.values()) == num_old + sum(added)
-    done = finish(dataset, grown, (users.new, items.new), read.rejected_path, scratch)
+    with console.busy("writing users, items and the manifest"):
+        done = finish(dataset, grown, (users.new, items.new), read.rejected_path, scratch)
     say_totals(replace(done.manifest, num_ratings={"train": added[0], "val": added[1]}, filtered=0,
                        merged=grown.merged - manifest.merged, rejected=read.rejected), read, console)  # fmt: skip
     return done

@@ -32,11 +32,13 @@ def compact(root: str, memory: int, console: Console) -> Dataset:
     try:
         writer = lane_writer(manifest.order, manifest, root, scratch, f".compact-{number:03d}", manifest.num_users)
         lanes, files = [], []
-        for place, lane in enumerate(manifest.lanes):
-            rows = lane_rows(dataset, place)
-            entries = writer.write(place, [rows])[1] if rows["user"].size else []
-            files += entries
-            lanes.append(replace(lane, files=tuple(entry.path for entry in entries)))
+        with console.progress("compact", sum(manifest.num_ratings.values())) as progress:
+            for place, lane in enumerate(manifest.lanes):
+                rows = lane_rows(dataset, place)
+                entries = writer.write(place, [rows])[1] if rows["user"].size else []
+                files += entries
+                lanes.append(replace(lane, files=tuple(entry.path for entry in entries)))
+                progress.advance(rows["user"].size)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     others = [entry for entry in manifest.files if entry.path in REPLACED]

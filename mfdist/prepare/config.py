@@ -24,31 +24,113 @@ class PrepareConfig:
 
     sources: tuple[str, ...] = positional("files, globs, directories or URLs; the dataset with --verify or --compact",
                                           optional=True)  # fmt: skip
-    out: str | None = flag(None, "the dataset directory to make (path or URL)")
+    out: str | None = flag(
+        None,
+        "the dataset directory to make (path or URL)",
+        group="data",
+        basic=True,
+        metavar="DIR",
+        example="data/electronics",
+    )
     columns: tuple[str, ...] | None = flag(
-        None, "user,item,rating[,timestamp]: names, or positions from 0 for headerless files", parse=parse_columns
+        None,
+        "user,item,rating[,timestamp]: names, or positions from 0 for headerless files",
+        parse=parse_columns,
+        group="data",
+        basic=True,
+        metavar="NAMES",
+        example="user,item,stars",
     )
-    split: str = flag("random", "how validation rows are chosen", choices=("random", "last-n", "time"))
-    val_fraction: float = flag(0.2, "share of the rows that validate (random, time)", at_least=0.0, at_most=1.0)
-    val: tuple[str, ...] = flag((), "files of a predefined validation set, instead of a split", many=True)
-    seed: int = flag(42, "seed of the split and of the order")
-    lanes: int = flag(0, "number of lanes; 0 or auto: 64 up to 10 M rows, 512 above", parse=_lanes)
-    duplicates: str = flag("keep", "what becomes of equal (user, item) pairs",
-                           choices=("keep", "last", "mean", "error"))  # fmt: skip
+    split: str = flag(
+        "random",
+        "how validation rows are chosen",
+        choices=("random", "last-n", "time"),
+        group="validation rows",
+        basic=True,
+    )
+    val_fraction: float = flag(
+        0.2,
+        "share of the rows that validate (random, time)",
+        at_least=0.0,
+        at_most=1.0,
+        group="validation rows",
+        basic=True,
+        metavar="SHARE",
+    )
+    val: tuple[str, ...] = flag(
+        (),
+        "files of a predefined validation set, instead of a split",
+        many=True,
+        group="validation rows",
+        basic=True,
+        metavar="SOURCE",
+    )
+    seed: int = flag(42, "seed of the split and of the order", group="validation rows", basic=True)
+    lanes: int = flag(
+        0, "number of lanes; 0 or auto: 64 up to 10 M rows, 512 above", parse=_lanes, group="layout", metavar="NUMBER"
+    )
+    duplicates: str = flag(
+        "keep",
+        "what becomes of equal (user, item) pairs",
+        choices=("keep", "last", "mean", "error"),
+        group="data",
+        basic=True,
+    )
     min_user_ratings: int = flag(
-        0, "remove users with fewer ratings (with --min-item-ratings: until stable)", at_least=0
+        0,
+        "remove users with fewer ratings (with --min-item-ratings: until stable)",
+        at_least=0,
+        group="data",
+        basic=True,
+        metavar="NUMBER",
     )
-    min_item_ratings: int = flag(0, "remove items with fewer ratings", at_least=0)
-    last: int = flag(1, "n of --split last-n: newest ratings of each user that validate", at_least=1)
-    order: str = flag("random", "order of the ratings in a lane", choices=("random", "blocks"))
-    rating_scale: tuple[float, float] | None = flag(None, "MIN,MAX of valid ratings; else as found", parse=parse_range)
-    max_rejected: float = flag(0.01, "share of the rows that may be refused", at_least=0.0, at_most=1.0)
-    memory: int = flag(4 << 30, "bytes of memory to work in, such as 4GiB", parse=parse_bytes)
-    overwrite: bool = flag(False, "replace another dataset in --out")
-    append: bool = flag(False, "add the files to the dataset in --out: known ids keep their rows")
-    compact: bool = flag(False, "merge the files that appends have added; ids keep their rows")
-    dry_run: bool = flag(False, "show how the sources are read, with the first records of each kind, and write nothing")
-    verify: bool = flag(False, "re-read every file of the dataset and compare it with the manifest")
+    min_item_ratings: int = flag(
+        0, "remove items with fewer ratings", at_least=0, group="data", basic=True, metavar="NUMBER"
+    )
+    last: int = flag(
+        1,
+        "n of --split last-n: newest ratings of each user that validate",
+        at_least=1,
+        group="validation rows",
+        metavar="N",
+    )
+    order: str = flag(
+        "random", "order of the ratings in a lane", choices=("random", "blocks"), group="layout", basic=True
+    )
+    rating_scale: tuple[float, float] | None = flag(
+        None,
+        "MIN,MAX of valid ratings; else as found",
+        parse=parse_range,
+        group="data",
+        metavar="MIN,MAX",
+        example="1,5",
+    )
+    max_rejected: float = flag(
+        0.01, "share of the rows that may be refused", at_least=0.0, at_most=1.0, group="data", metavar="SHARE"
+    )
+    memory: int = flag(
+        4 << 30, "bytes of memory to work in, such as 4GiB", parse=parse_bytes, group="layout", metavar="BYTES"
+    )
+    overwrite: bool = flag(False, "replace another dataset in --out", group="an existing dataset", basic=True)
+    append: bool = flag(
+        False,
+        "add the files to the dataset in --out: known ids keep their rows",
+        group="an existing dataset",
+        basic=True,
+    )
+    compact: bool = flag(
+        False, "merge the files that appends have added; ids keep their rows", group="an existing dataset"
+    )
+    verify: bool = flag(
+        False,
+        "re-read every file of the dataset and compare it with the manifest",
+        group="an existing dataset",
+        basic=True,
+    )
+    dry_run: bool = flag(
+        False, "show how the sources are read, with the first records of each kind, and write nothing", group="data",
+        basic=True
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.append + self.compact + self.verify > 1:

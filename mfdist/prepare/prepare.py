@@ -102,7 +102,8 @@ def _verified(path: str, console: Console) -> Dataset:
     from mfdist.prepare.replace import open_finished
 
     dataset = open_finished(path)
-    faults = list(verify(dataset))
+    with console.progress("verify", sum(entry.bytes for entry in dataset.manifest.files), unit="bytes") as progress:
+        faults = list(verify(dataset, progress.advance))
     for fault in faults:
         console.info(fault)
     if faults:
@@ -123,7 +124,7 @@ def _appended(
     dataset = open_finished(config.target)
     check_append(config, dataset.manifest)
     known = {source["fingerprint"]: source["path"] for source in dataset.manifest.sources}
-    held = [known.get(fingerprint) for fingerprint in _fingerprints(config)]
+    held = [known.get(fingerprint) for fingerprint in _fingerprints(config, console)]
     if all(held):
         console.info(f"{storage.redact(config.target)} holds these files already")
         return dataset
@@ -162,7 +163,7 @@ def _already(config: PrepareConfig, request: dict[str, Any], console: Console) -
         return None
     dataset = Dataset.open(config.target)
     prints = [source["fingerprint"] for source in dataset.manifest.sources]
-    if dataset.manifest.extra.get("request") != request or prints != _fingerprints(config):
+    if dataset.manifest.extra.get("request") != request or prints != _fingerprints(config, console):
         raise UsageError(
             f"{storage.redact(config.target)} holds a dataset of other files or settings; choose another --out, or "
             "replace it with --overwrite."
@@ -172,11 +173,12 @@ def _already(config: PrepareConfig, request: dict[str, Any], console: Console) -
     return dataset
 
 
-def _fingerprints(config: PrepareConfig) -> list[str]:
+def _fingerprints(config: PrepareConfig, console: Console) -> list[str]:
     from mfdist.prepare.sources import file_fingerprint
 
     vals = find_sources(config.val, val=True) if config.val else []
-    return [file_fingerprint(s) for s in [*find_sources(config.sources), *vals]]
+    with console.busy("comparing the files with those of the dataset"):
+        return [file_fingerprint(s) for s in [*find_sources(config.sources), *vals]]
 
 
 OWN_NAMES = {MANIFEST, "train", "val", "report", "users.parquet", "items.parquet", "rejected.parquet", ".scratch"}

@@ -94,8 +94,9 @@ def ingest(
         for source, layout in zip(sources, layouts, strict=True):
             _ingest_one(source, layout, result, seen, pool, rejected, progress, threads + 1)
             _check_source(source, layout, result, console)
-    for spill in (result.rows, *result.ids):  # the last runs side by side
-        spill.close()
+    with console.busy("sorting what was read"):
+        for spill in (result.rows, *result.ids):  # the last runs side by side
+            spill.close()
     return result
 
 

@@ -72,8 +72,9 @@ class ItemCounts:
 
 def assemble(config: PrepareConfig, read: Ingest, request: dict[str, Any], scratch: str, console: Console) -> Dataset:
     """Write the dataset of ``read``; the directory is touched from here on, its manifest last."""
-    counts = read.rows.finish()
-    max_users, _ = read.ids[0].finish(), read.ids[1].finish()
+    with console.busy("sorting users and items"):
+        counts = read.rows.finish()
+        max_users, _ = read.ids[0].finish(), read.ids[1].finish()
     threads = os.cpu_count() or 1
     most = max(1 << 16, min(GROUP_ROWS, config.memory // ROW_COST // (3 * threads)))
     groups = Groups(read, config.duplicates, counts, group_bounds(counts, most), threads, console)
@@ -85,12 +86,14 @@ def assemble(config: PrepareConfig, read: Ingest, request: dict[str, Any], scrat
     open_directory(config.target)
     totals, item_counts = Totals(), ItemCounts.zeros(plan.items.hashes.size)
     user_file = write_lanes(config, read, plan, groups, totals, item_counts, scratch, threads, console)
-    item_file = write_items(config.target, read, plan, item_counts.train, scratch)
-    rejected_file = write_rejected(config.target, read, scratch)
+    with console.busy("writing the items"):
+        item_file = write_items(config.target, read, plan, item_counts.train, scratch)
+        rejected_file = write_rejected(config.target, read, scratch)
     manifest = make_manifest(config, read, plan, totals, item_counts, [user_file, item_file, rejected_file], request)
     say_totals(manifest, read, console)
     say_val_in_train(manifest, console)
-    write_dataset_report(config.target, manifest, totals.user_activity, item_counts.train, totals.facts.days)
+    with console.busy("drawing the dataset's page"):
+        write_dataset_report(config.target, manifest, totals.user_activity, item_counts.train, totals.facts.days)
     storage.write_text(storage.join(config.target, MANIFEST), manifest.to_json())
     return Dataset(config.target, manifest)
 

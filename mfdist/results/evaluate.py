@@ -65,8 +65,10 @@ def evaluate_runs(config: EvaluateConfig, world: World) -> dict[str, Any]:
     Where a run was made on a sample of the users (baseline_svd --sample-users), all are measured on the smallest
     sample's rows. UsageError where the runs were not made on the same validation rows.
     """
+    console = Console(world.is_main)
     dataset = Dataset.open(config.data or dataset_of_run(config.runs[0]))
-    models = [_EvaluatedModel(run, dataset) for run in config.all_runs]
+    with console.busy("opening the models"):
+        models = [_EvaluatedModel(run, dataset) for run in config.all_runs]
     sample = min(sample_of_run(run) for run in config.all_runs)
     if sample < 1 and not all(model.same_rows for model in models):
         raise UsageError("A run on a sample of the users can be compared only with runs of the same prepared dataset.")
@@ -78,15 +80,18 @@ def evaluate_runs(config: EvaluateConfig, world: World) -> dict[str, Any]:
     if config.ranking:
         chosen = ranking.ranked_users(dataset, world, config.ranking, seed=config.seed, sample=sample)
         for model, entry in zip(models, table, strict=True):
-            entry["ranking"] = ranking.rank_metrics(model.top, chosen, dataset, world)
+            with console.busy(f"ranking of {storage.redact(model.run)}"):
+                entry["ranking"] = ranking.rank_metrics(model.top, chosen, dataset, world)
     manifest = dataset.manifest
+    with console.busy("what simple predictions reach"):
+        reached = floors(dataset, world, sample=sample) if config.split == "val" else {}
     return {
         "dataset": {"name": manifest.name, "fingerprint": manifest.fingerprint,
                     "split_fingerprint": manifest.split.get("fingerprint")},
         "split": config.split,
         "sample_users": sample,
         "rows": table[0]["slices"]["all"]["rows"],
-        "floors": floors(dataset, world, sample=sample) if config.split == "val" else {},
+        "floors": reached,
         "runs": table,
         "comparisons": [_comparison(config, table, sums, other) for other in range(1, len(models))],
     }  # fmt: skip

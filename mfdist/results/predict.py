@@ -83,7 +83,8 @@ class Predicted(NamedTuple):
 def predict(config: PredictConfig, world: World, console: Console | None = None) -> Predicted:
     """Write the predictions; collective. DataError where too many rows are refused; StopRequested as in recommend."""
     console = console or Console(False)
-    exported = ExportedModel.open(config.run_dir)
+    with console.busy("opening the model"):
+        exported = ExportedModel.open(config.run_dir)
     sources = find_sources(config.pairs, say=console.info)
     layouts = [recognise(source, config.columns, pairs=True).without_time() for source in sources]
     for source, layout in zip(sources, layouts, strict=True):
@@ -117,7 +118,8 @@ def predict(config: PredictConfig, world: World, console: Console | None = None)
                         f"{config.max_rejected:g} allows, for example {'; '.join(examples[:EXAMPLES])}.")  # fmt: skip
     if rejected:
         console.warn(f"{int(rejected):,} rows were refused, for example {'; '.join(examples[:EXAMPLES])}")
-    parts.join(count)
+    with console.busy("joining the parts"):
+        parts.join(count)
     if folding is not None:
         folding.remove()
     errors = ((squares / rows) ** 0.5, absolute / rows) if rated and rows else (None, None)

@@ -111,9 +111,10 @@ def recommend(
     """
     console = console or Console(False)
     with stoppable(world, config.out):
-        exported = ExportedModel.open(config.run_dir)
-        if dataset is not None:
-            check_dataset(exported, dataset)
+        with console.busy("opening the model"):
+            exported = ExportedModel.open(config.run_dir)
+            if dataset is not None:
+                check_dataset(exported, dataset)
         model, folding = fold_in_files(
             config, exported, lambda: dataset or dataset_of_model(exported, config.data), world, console
         )
@@ -125,7 +126,8 @@ def recommend(
         segments = _segments(model, lanes, rows, unknown)
         parts = Parts(config.out, SCHEMA, _request(config, model, rows, unknown, filters), world)
         todo = [number for number in range(len(segments)) if number not in parts.finished]
-        top = TopItems(model, rows=filters.rows, device=world.device) if todo else None
+        with console.busy("sorting the items for the search"):
+            top = TopItems(model, rows=filters.rows, device=world.device) if todo else None
     total = sum(len(segment.users) for segment in segments)
     done = total - sum(len(segments[number].users) for number in todo)
     if done:
@@ -141,7 +143,8 @@ def recommend(
                 check(watch)
 
         parts.make(todo[world.rank :: world.size], make)
-    parts.join(len(segments))
+    with console.busy("joining the parts"):
+        parts.join(len(segments))
     if folding is not None:
         folding.remove()
     return Recommended(total, num_unknown)

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from mfdist import storage
 from mfdist.config import flag, parse_bytes
 from mfdist.errors import UsageError
+from mfdist.log import Console
 from mfdist.results.export import SIDES, ExportedModel, write_safetensors
 
 FORMATS = ("faiss", "hnswlib", "parquet", "safetensors")
@@ -54,28 +55,37 @@ class ExportConfig:
             raise UsageError(f"--max-shard {self.max_shard}: at least 1MiB is needed.")
 
 
-def export_vectors(config: ExportConfig) -> list[str]:
+def export_vectors(config: ExportConfig, console: Console | None = None) -> list[str]:
     """Write the vectors and return the names of the files; ``vectors.json`` last. UsageError without the library."""
+    console = console or Console(False)
     model = ExportedModel.open(config.run_dir)
     write = _writer(config.format)
     sides = ("items",) if config.format in ("faiss", "hnswlib") else SIDES
     storage.remove(storage.join(config.out, "vectors.json"))
     shards: list[dict[str, Any]] = []
-    for side in sides:
-        for number, first, vectors in _shards(model, side, config.max_shard):
-            name = f"{side}-{number:05d}.{config.format}"
-            write(storage.join(config.out, name), vectors, model.ids(side, first, first + len(vectors)))
-            shards.append({"file": name, "side": side, "first_row": first, "rows": len(vectors)})
+    total = sum(model.num_users if side == "users" else model.num_items for side in sides)
+    with console.progress("export", total, unit="vectors") as progress:
+        for side in sides:
+            for number, first, vectors in _shards(model, side, config.max_shard):
+                name = f"{side}-{number:05d}.{config.format}"
+                write(storage.join(config.out, name), vectors, model.ids(side, first, first + len(vectors)))
+                shards.append({"file": name, "side": side, "first_row": first, "rows": len(vectors)})
+                progress.advance(len(vectors))
     if config.format != "parquet":
-        for side in SIDES:
-            count = model.num_users if side == "users" else model.num_items
-            table = pa.table({"row": np.arange(count), "id": model.ids(side, 0, count)})
-            with storage.open_write(storage.join(config.out, f"{side}.ids.parquet")) as stream:
-                pq.write_table(table, stream, compression="zstd")
+        with console.busy("writing the ids"):
+            _write_ids(config.out, model)
     about = {"format": config.format, "dimension": _dimension(model), "measure": "inner product",
              "model": model.config, "files": shards}  # fmt: skip
     storage.write_text(storage.join(config.out, "vectors.json"), json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return [shard["file"] for shard in shards]
+
+
+def _write_ids(out: str, model: ExportedModel) -> None:
+    for side in SIDES:
+        count = model.num_users if side == "users" else model.num_items
+        table = pa.table({"row": np.arange(count), "id": model.ids(side, 0, count)})
+        with storage.open_write(storage.join(out, f"{side}.ids.parquet")) as stream:
+            pq.write_table(table, stream, compression="zstd")
 
 
 def vectors_of(model: ExportedModel, side: str, first: int, end: int) -> Floats32:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,8 +135,9 @@ def newest_good(run: str, world: World, warn: Any) -> int | None:
     return agreed  # type: ignore[no-any-return]
 
 
-def verify(folder: str) -> list[str]:
-    """What is wrong with a committed checkpoint, a sentence a file; empty where all is well."""
+def verify(folder: str, advance: Callable[[int], None] = lambda _bytes: None) -> list[str]:
+    """What is wrong with a committed checkpoint, a sentence a file; empty where all is well. ``advance`` is told the
+    bytes of each file behind it."""
     try:
         files = read_commit(folder)["files"]
         named = [(str(name), int(one["bytes"]), str(one["checksum"])) for name, one in files.items()]
@@ -152,6 +153,7 @@ def verify(folder: str) -> list[str]:
                 faults.append(f"{name} has {storage.size(path)} bytes instead of {size}")
             elif checksum(path) != expected:
                 faults.append(f"{name} has another checksum")
+            advance(size)
         except OSError as error:
             faults.append(f"{name} cannot be read: {error.strerror or type(error).__name__}")
     return faults

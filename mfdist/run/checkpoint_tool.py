@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mfdist import storage
 from mfdist.config import flag, positional
 from mfdist.errors import DataError, UsageError
+from mfdist.log import Console
 from mfdist.run import checkpoint
 from mfdist.run.checkpoint import Retention
 from mfdist.run.lease import Lease
@@ -65,14 +66,24 @@ def _verify(config: HousekeepingConfig, run: str, say: Say) -> None:
     if not steps:
         raise DataError(f"{storage.redact(run)} has no checkpoint.")
     damaged = 0
-    for step in steps:
-        faults = checkpoint.verify(checkpoint.folder_of(run, step))
-        damaged += bool(faults)
-        say(f"{step:>10}  {'; '.join(faults) if faults else 'intact'}")
+    with Console().progress("verify", sum(_bytes_of(run, step) for step in steps), unit="bytes") as progress:
+        for step in steps:
+            faults = checkpoint.verify(checkpoint.folder_of(run, step), progress.advance)
+            damaged += bool(faults)
+            say(f"{step:>10}  {'; '.join(faults) if faults else 'intact'}")
     if damaged:
         raise DataError(
             f"{damaged} of {len(steps)} checkpoints of {storage.redact(run)} are damaged; a run passes over them."
         )
+
+
+def _bytes_of(run: str, step: int) -> int:
+    """Of a checkpoint's files; 0 where its COMMIT cannot be read, which :func:`checkpoint.verify` will say."""
+    try:
+        files = checkpoint.read_commit(checkpoint.folder_of(run, step))["files"].values()
+        return sum(int(one["bytes"]) for one in files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return 0
 
 
 def _prune(config: HousekeepingConfig, run: str, say: Say) -> None:

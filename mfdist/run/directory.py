@@ -15,7 +15,7 @@ from mfdist.run.lease import LEASE
 
 RUNS, BUILTIN = "runs", "data/builtin"
 OWN = ("config.toml", "run.json", "metrics.jsonl", "report.json", "report.html", "validation.json", "loss.png",
-       "tensorboard", "checkpoints", "model", "STOP")  # fmt: skip
+       "trackers.json", "tensorboard", "checkpoints", "model", "STOP")  # fmt: skip
 """What a run directory holds; --overwrite removes these names and nothing else."""
 
 

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from mfdist import storage
 from mfdist.config import flag
 from mfdist.errors import UsageError
+from mfdist.log import Console
 from mfdist.synthetic import planted
 from mfdist.synthetic.degrees import FloatArray, Int64Array, degree_classes
 from mfdist.synthetic.planted import NUM_BINS, Planted, Rows
@@ -38,6 +39,8 @@ from mfdist.synthetic.presets import DAY_SECONDS, PRESETS, Preset
 T = TypeVar("T")
 PIECE_ROWS = 1 << 18
 ENDINGS = (".csv", ".csv.gz", ".parquet")
+PASSES = 3
+"""Over all rows, two of them for the thresholds."""
 FORMAT_VERSION = 1
 MAX_DENSITY = 0.1  # of all (user, item) pairs, where the numbers of users and items are ours to choose
 NEVER = 1000.0  # logits: a threshold that no noisy score passes
@@ -97,14 +100,19 @@ def read_truth(out: str) -> Truth:
     return Truth(**json.loads(storage.read_text(truth_path(out))))
 
 
-def synthesize(config: SynthesizeConfig) -> Truth:
+def synthesize(config: SynthesizeConfig, console: Console | None = None) -> Truth:
     """Write ``config.out`` and its truth; UsageError where rows, users and items cannot be had together."""
+    console = console or Console(False)
     preset = PRESETS[config.preset]
-    source = _plant(config, preset)
+    with console.busy("choosing users and items"):
+        source = _plant(config, preset)
     histogram = histogram_for(preset, source.num_rows)
     storage.remove(truth_path(config.out))
-    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        thresholds = _thresholds(source, histogram, threads)
+    with (
+        ThreadPoolExecutor(os.cpu_count() or 1) as threads,
+        console.progress("synthesize", PASSES * source.num_rows) as progress,
+    ):
+        thresholds = _thresholds(source, histogram, threads, progress.advance)
         squared = absolute = 0.0
         repeated = 0
         found = np.zeros(planted.NUM_STARS, np.int64)
@@ -112,6 +120,7 @@ def synthesize(config: SynthesizeConfig) -> Truth:
             encode = _encoder(config, source, preset, thresholds)
             for piece in _in_order(threads, encode, source.pieces(PIECE_ROWS)):
                 write(piece.content)
+                progress.advance(int(piece.stars.sum()))
                 squared, absolute = squared + piece.squared, absolute + piece.absolute
                 repeated, found = repeated + piece.repeated, found + piece.stars
     assert np.array_equal(found, histogram), "the histogram is exact by construction"
@@ -147,16 +156,24 @@ def _plant(config: SynthesizeConfig, preset: Preset) -> Planted:
 # Thresholds ---------------------------------------------------------------------------------------
 
 
-def _thresholds(source: Planted, histogram: Int64Array, threads: ThreadPoolExecutor) -> FloatArray:
+def _thresholds(
+    source: Planted, histogram: Int64Array, threads: ThreadPoolExecutor, advance: Callable[[int], None]
+) -> FloatArray:
     """(4,): scores between two rows' noisy ones such that each star gets exactly its rows."""
     wanted = np.cumsum(histogram)[:-1]
     pieces = source.pieces(PIECE_ROWS)
     counts = np.zeros(NUM_BINS, np.int64)
     for piece_counts in _in_order(threads, lambda p: _bin_counts(source.rows(p)), pieces):
         counts += piece_counts
+        advance(int(piece_counts.sum()))
     below = np.concatenate([[0], np.cumsum(counts)])
     bins = np.searchsorted(below, wanted, side="right") - 1  # below[bin] <= wanted < below[bin + 1]
-    parts = list(_in_order(threads, lambda p: _scores_in(source.rows(p), bins), pieces))
+    parts = []
+    for (first, end), part in zip(
+        pieces, _in_order(threads, lambda p: _scores_in(source.rows(p), bins), pieces), strict=True
+    ):
+        parts.append(part)
+        advance(int(source.item_first_row[end] - source.item_first_row[first]))
     thresholds = np.full(len(wanted), NEVER)
     for k in np.flatnonzero(wanted < source.num_rows):
         scores = np.sort(np.concatenate([part[k] for part in parts]))

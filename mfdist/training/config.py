@@ -15,6 +15,7 @@ from mfdist.model.objective import Objective
 from mfdist.model.optimizers import OPTIMIZERS, SCHEDULES, RowOptimizer
 from mfdist.model.units import Units
 from mfdist.training.defaults import RECIPE, settled
+from mfdist.training.trackers import REMOTE, check_track
 
 
 def parse_row_l2(text: str) -> tuple[float, ...]:
@@ -37,92 +38,221 @@ class TrainConfig:
     """The flags of jobs/train.py; defaults are those of ``recipe.toml``, or what other flags leave of them
     (``training.defaults``)."""
 
-    data: str | None = flag(None, "dataset directory or URL; not set: a small built-in dataset under data/builtin")
-    run_dir: str | None = flag(None, "run directory or URL; not set: a new numbered folder under runs/")
-    model: str = flag(RECIPE["model"], "which model", choices=("mf", "mf_advanced"))
-    emb_dim: int = flag(Follows(str(RECIPE["emb_dim"])), "factors of a user and of an item", at_least=1)
-    optimizer: str = flag(
-        RECIPE["optimizer"], "row optimizer; adamw is exact on untouched rows too", choices=OPTIMIZERS
+    data: str | None = flag(
+        None,
+        "dataset directory or URL; not set: a small built-in dataset under data/builtin",
+        group="data",
+        basic=True,
+        metavar="DIR",
     )
-    lr: float = flag(Follows(f"{RECIPE['lr']}, and what suits it for another --optimizer"), "learning rate", above=0)
+    run_dir: str | None = flag(
+        None, "run directory or URL; not set: a new numbered folder under runs/", group="run", basic=True, metavar="DIR"
+    )
+    model: str = flag(RECIPE["model"], "which model", choices=("mf", "mf_advanced"), group="model", basic=True)
+    emb_dim: int = flag(
+        Follows(str(RECIPE["emb_dim"])),
+        "factors of a user and of an item",
+        at_least=1,
+        group="model",
+        basic=True,
+        metavar="FACTORS",
+    )
+    optimizer: str = flag(
+        RECIPE["optimizer"],
+        "row optimizer; adamw is exact on untouched rows too",
+        choices=OPTIMIZERS,
+        group="optimization",
+        basic=True,
+    )
+    lr: float = flag(
+        Follows(f"{RECIPE['lr']}, and what suits it for another --optimizer"),
+        "learning rate",
+        above=0,
+        group="optimization",
+        basic=True,
+        metavar="RATE",
+    )
     lr_schedule: str = flag(
-        RECIPE["lr_schedule"], "course of the learning rate; linear and cosine reach 0 at the end", choices=SCHEDULES
+        RECIPE["lr_schedule"],
+        "course of the learning rate; linear and cosine reach 0 at the end",
+        choices=SCHEDULES,
+        group="optimization",
     )
     weight_decay: float = flag(
-        RECIPE["weight_decay"], "decoupled weight decay: w <- w (1 - lr wd), every row, every step", at_least=0
+        RECIPE["weight_decay"],
+        "decoupled weight decay: w <- w (1 - lr wd), every row, every step",
+        at_least=0,
+        group="optimization",
+        metavar="DECAY",
     )
     l2: tuple[float, float] = flag(
-        tuple(RECIPE["l2"]), "FACTORS,BIASES: penalty in the loss, per rating, on its own rows", parse=parse_pair
+        tuple(RECIPE["l2"]),
+        "FACTORS,BIASES: penalty in the loss, per rating, on its own rows",
+        parse=parse_pair,
+        group="optimization",
+        metavar="FACTORS,BIASES",
     )
     row_l2: tuple[float, ...] = flag(
         Follows(",".join(f"{value:g}" for value in RECIPE["row_l2"]) + "; 0,0 without biases"),
         "penalty of a row, shared out among its ratings: factors of users, of items [, biases of users, of items "
-        "[, scales of users, of items]]; 0,0: none", parse=parse_row_l2
-    )  # fmt: skip
+        "[, scales of users, of items]]; 0,0: none",
+        parse=parse_row_l2,
+        group="optimization",
+        metavar="NUMBERS",
+    )
     reduction: str = flag(
-        Follows("sum, mean for another --optimizer than sgd"), "loss of a step: the mean of its squared errors, or "
+        Follows("sum, mean for another --optimizer than sgd"),
+        "loss of a step: the mean of its squared errors, or "
         "half their sum (then --lr is that of one rating, and the offset takes the mean of their steps)",
         choices=("mean", "sum"),
-    )  # fmt: skip
+        group="optimization",
+    )
     members: int = flag(
         Follows(f"{RECIPE['members']}, one for every 16 factors; 0 with a sigmoid or without biases"),
         "groups that the factors fall into, each fitted by itself with biases inside, their mean predicts; 0: none",
         at_least=0,
-    )  # fmt: skip
+        group="model",
+        metavar="GROUPS",
+    )
     offset: str = flag(
-        RECIPE["offset"], "mf_advanced's offset: learned from 0 (--rating-units spread: from the mean), or the mean "
-        "itself", choices=("learned", "mean"),
-    )  # fmt: skip
+        RECIPE["offset"],
+        "mf_advanced's offset: learned from 0 (--rating-units spread: from the mean), or the mean itself",
+        choices=("learned", "mean"),
+        group="model",
+    )
     rating_units: str = flag(
-        RECIPE["rating_units"], "what rates, penalties and initial values are meant in: the spread of the training "
-        "ratings, from their mean, or ratings as given; predictions are as given anyway", choices=("spread", "given"),
-    )  # fmt: skip
+        RECIPE["rating_units"],
+        "what rates, penalties and initial values are meant in: the spread of the training "
+        "ratings, from their mean, or ratings as given; predictions are as given anyway",
+        choices=("spread", "given"),
+        group="model",
+    )
     init_std: float = flag(
-        Follows(f"{RECIPE['init_std']}, 0 with --no-init"), "factors begin as normal(0, this / sqrt(factors of a "
-        "member)), biases at 0; 0: as --no-init says", at_least=0,
-    )  # fmt: skip
+        Follows(f"{RECIPE['init_std']}, 0 with --no-init"),
+        "factors begin as normal(0, this / sqrt(factors of a member)), biases at 0; 0: as --no-init says",
+        at_least=0,
+        group="model",
+        metavar="STD",
+    )
     implicit: float = flag(
-        Follows(f"{RECIPE['implicit']}, 0 without sgd or biases"), "weight of what a user rated, whatever the rating: "
-        "factors plus this / sqrt(n) times the sum of those of the user's n items; 0: none", at_least=0,
-    )  # fmt: skip
-    betas: tuple[float, float] = flag((0.9, 0.999), "Adam's decay rates of the two moments", parse=parse_pair)
-    eps: float = flag(1e-8, "added to the root of the second moment", at_least=1e-15)
+        Follows(f"{RECIPE['implicit']}, 0 without sgd or biases"),
+        "weight of what a user rated, whatever the rating: "
+        "factors plus this / sqrt(n) times the sum of those of the user's n items; 0: none",
+        at_least=0,
+        group="model",
+        metavar="WEIGHT",
+    )
+    betas: tuple[float, float] = flag(
+        (0.9, 0.999),
+        "Adam's decay rates of the two moments",
+        parse=parse_pair,
+        group="optimization",
+        metavar="BETA1,BETA2",
+    )
+    eps: float = flag(1e-8, "added to the root of the second moment", at_least=1e-15, group="optimization")
     batch_size: int = flag(
         Follows(f"{RECIPE['batch_size']}, less where a user or an item has many of all ratings"),
-        "ratings of a step, over all ranks", at_least=1,
-    )  # fmt: skip
-    epochs: int = flag(RECIPE["epochs"], "passes over the training ratings", at_least=1)
-    max_minutes: float | None = flag(None, "stop with a checkpoint after this many minutes", above=0)
-    keep: int = flag(3, "checkpoints to keep", at_least=1)
-    keep_every: int | None = flag(None, "keep also every checkpoint whose step is a multiple of this", at_least=1)
-    seed: int = flag(42, "seed of initial values and batch order", at_least=0)
-    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+        "ratings of a step, over all ranks",
+        at_least=1,
+        group="optimization",
+        basic=True,
+        metavar="RATINGS",
+    )
+    epochs: int = flag(
+        RECIPE["epochs"],
+        "passes over the training ratings",
+        at_least=1,
+        group="optimization",
+        basic=True,
+        metavar="EPOCHS",
+    )
+    max_minutes: float | None = flag(
+        None,
+        "stop with a checkpoint after this many minutes",
+        above=0,
+        group="run",
+        basic=True,
+        metavar="MINUTES",
+        example="55",
+    )
+    keep: int = flag(3, "checkpoints to keep", at_least=1, group="run", metavar="NUMBER")
+    keep_every: int | None = flag(
+        None,
+        "keep also every checkpoint whose step is a multiple of this",
+        at_least=1,
+        group="run",
+        metavar="STEPS",
+        example="10000",
+    )
+    seed: int = flag(42, "seed of initial values and batch order", at_least=0, group="run", basic=True)
+    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"), group="cluster", basic=True)
     sharding: str = flag(
         "auto",
         "tables cut by rows over the ranks, or whole on each; auto is row, the faster at every size measured",
         choices=("auto", "row", "replicated"),
+        group="cluster",
     )
-    wire_dtype: str = flag("fp32", "number format of item rows and gradients between ranks", choices=("fp32", "bf16"))
+    wire_dtype: str = flag(
+        "fp32", "number format of item rows and gradients between ranks", choices=("fp32", "bf16"), group="cluster"
+    )
     interface: str | None = flag(
-        None, "network interface, or its address, for item rows between hosts; not set: that of the rendezvous"
+        None,
+        "network interface, or its address, for item rows between hosts; not set: that of the rendezvous",
+        group="cluster",
+        metavar="NAME",
+        example="eth0",
     )
-    checkpoint_every: str = flag("5m", "'epoch', steps (500) or minutes (10m)", parse=parse_cadence)
-    resume: str = flag("auto", "auto, never, or the path of a checkpoint")
-    overwrite: bool = flag(False, "remove what the run directory holds and begin anew")
-    init_from: str | None = flag(None, "a finished run whose model this one begins with")
-    stop_fraction: float = flag(0.0, "share of training rows held out to choose the epoch", at_least=0, at_most=0.5)
-    patience: int | None = flag(None, "stop after this many epochs without progress on the stop rows", at_least=1)
+    checkpoint_every: str = flag(
+        "5m", "'epoch', steps (500) or minutes (10m)", parse=parse_cadence, group="run", basic=True, metavar="EVERY"
+    )
+    resume: str = flag("auto", "auto, never, or the path of a checkpoint", group="run", metavar="auto|never|PATH")
+    track: str | None = flag(
+        None,
+        "send the figures, while it trains, also to MLflow or Weights & Biases; TensorBoard always has them",
+        choices=REMOTE,
+        group="run",
+    )
+    overwrite: bool = flag(False, "remove what the run directory holds and begin anew", group="run", basic=True)
+    init_from: str | None = flag(None, "a finished run whose model this one begins with", group="model", metavar="RUN")
+    stop_fraction: float = flag(
+        0.0,
+        "share of training rows held out to choose the epoch",
+        at_least=0,
+        at_most=0.5,
+        group="data",
+        metavar="SHARE",
+        example="0.02",
+    )
+    patience: int | None = flag(
+        None,
+        "stop after this many epochs without progress on the stop rows",
+        at_least=1,
+        group="optimization",
+        metavar="EPOCHS",
+        example="3",
+    )
     cold: str = flag(
         Follows("known-side, own without biases"),
-        "rows without training: their own initial values, or the known side only", choices=("own", "known-side"),
-    )  # fmt: skip
-    no_sigmoid: bool = flag(Follows("True unless --sigmoid-range is given"), "mf_advanced without its sigmoid")
-    no_bias: bool = flag(False, "mf_advanced without biases and offset")
-    no_init: bool = flag(False, "mf_advanced with normal(0, 1) initial values instead of uniform(0, 0.05)")
+        "rows without training: their own initial values, or the known side only",
+        choices=("own", "known-side"),
+        group="model",
+    )
+    no_sigmoid: bool = flag(
+        Follows("True unless --sigmoid-range is given"), "mf_advanced without its sigmoid", group="model"
+    )
+    no_bias: bool = flag(False, "mf_advanced without biases and offset", group="model")
+    no_init: bool = flag(
+        False, "mf_advanced with normal(0, 1) initial values instead of uniform(0, 0.05)", group="model"
+    )
     sigmoid_range: tuple[float, float] | None = flag(
-        None, "mf_advanced with a sigmoid onto LOW,HIGH; not set: with no-sigmoid = false in a file, the scale widened "
-        "by half a step", parse=parse_range,
-    )  # fmt: skip
+        None,
+        "mf_advanced with a sigmoid onto LOW,HIGH; not set: with no-sigmoid = false in a file, the scale widened "
+        "by half a step",
+        parse=parse_range,
+        group="model",
+        metavar="LOW,HIGH",
+        example="0.5,5.5",
+    )
 
     @classmethod
     def ready(cls, name: str, **values: Any) -> TrainConfig:
@@ -132,6 +262,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, value in settled({field.name: getattr(self, field.name) for field in fields(self)}).items():
             object.__setattr__(self, name, value)
+        check_track(self.track)
         plain = self.model == "mf"
         for name in ("no_sigmoid", "no_bias", "no_init"):
             if plain and getattr(self, name):

@@ -19,6 +19,7 @@ from mfdist.model.tables import ReplicatedTable, Table, stored_order
 from mfdist.results import export, ranking_metrics, report
 from mfdist.results.floors import floors
 from mfdist.run import checkpoint
+from mfdist.training.announcement import next_commands
 from mfdist.training.session import Session, chosen_epoch, load, wait_for_save
 
 BEST_ON_VAL = "best on validation (the vignette's convention)"
@@ -26,14 +27,21 @@ BEST_ON_VAL = "best on validation (the vignette's convention)"
 
 def finish(session: Session) -> dict[str, Any]:
     """Export the epoch that ``final`` reports and write the report."""
-    progress, config, world = session.progress, session.config, session.world
-    wait_for_save(session)
+    progress, config, world, busy = session.progress, session.config, session.world, session.console.busy
+    with busy("finishing the last checkpoint"):
+        wait_for_save(session)
     chosen = chosen_epoch(progress)
     if chosen != len(progress.epochs) - 1:
         folder = checkpoint.folder_of(session.run, (chosen + 1) * session.loader.num_steps)
         load(session, folder)
-    diagnosis = session.validation.diagnosis(session.model).figures()
-    export_model(session)
+    with busy("looking where the model errs"):
+        diagnosis = session.validation.diagnosis(session.model).figures()
+    with busy("writing the model"):
+        export_model(session)
+    with busy("what simple predictions reach"):
+        reached = floors(session.dataset, world)
+    with busy("what users would find among their recommendations"):
+        ranked = session.validation.ranking(session.model)
     how = "lowest error on the stop rows" if progress.stop_rmse else "last epoch"
     val = [summary["headline"]["val_rmse"] for summary in progress.summaries]
     best = int(np.argmin([np.inf if v is None else v for v in val]))
@@ -43,8 +51,7 @@ def finish(session: Session) -> dict[str, Any]:
         device=world.device.type, seed=config.seed, config=to_dict(config), epochs=progress.epochs,
         final=report.result(chosen + 1, progress.summaries[chosen]["headline"], how),
         best_on_val=report.result(best + 1, progress.summaries[best]["headline"], BEST_ON_VAL),
-        slices=progress.summaries[chosen]["slices"], floors=floors(session.dataset, world),
-        ranking=session.validation.ranking(session.model),
+        slices=progress.summaries[chosen]["slices"], floors=reached, ranking=ranked,
         wall_seconds=progress.wall_seconds + time.monotonic() - session.started,
         peak_rss_bytes=int(peak[0]), peak_device_bytes=int(peak[1]),
     )  # fmt: skip
@@ -55,20 +62,27 @@ def finish(session: Session) -> dict[str, Any]:
     if world.is_main:
         storage.remove(checkpoint.spare_of(session.run))
         session.metrics.write(
+            "result", step=progress.step, epoch=progress.shown_epoch, of_epoch=chosen + 1,
+            val_rmse_clipped=found["final"]["val_rmse_clipped"], val_mae_clipped=found["final"]["val_mae_clipped"],
+            floors={name: floor["rmse"] for name, floor in found["floors"].items()},
+        )  # fmt: skip
+        session.metrics.write(
             "finish", step=progress.step, epoch=progress.shown_epoch, wall_seconds=found["wall_seconds"]
         )
         session.metrics.publish()
-        _write_tensorboard(session)
-        report.write_report(session.run, found, diagnosis, session.metrics.records())
+        with busy("drawing the report"):
+            report.write_report(session.run, found, diagnosis, session.metrics.records())
     final = found["final"]
     if final["val_rmse"] is not None:
         session.console.info(
             f"result (epoch {chosen + 1}, {how}): RMSE {final['val_rmse_clipped']:.4f}, MAE "
             f"{final['val_mae_clipped']:.4f}, clipped to the scale (raw {final['val_rmse']:.4f}, "
-            f"{final['val_mae']:.4f}), on {found['dataset']['num_ratings']['val']:,} validation ratings; "
-            f"report: {storage.redact(session.run)}/report.html"
+            f"{final['val_mae']:.4f}), on {found['dataset']['num_ratings']['val']:,} validation ratings"
         )
         session.console.info(f"recommendations: {ranking_metrics.sentence(found['ranking'])}")
+    session.console.info(f"report: {storage.redact(session.run)}/report.html; next, for example")
+    for command in next_commands(session.run):
+        session.console.info(f"    {command}")
     world.barrier()
     return found
 
@@ -131,18 +145,3 @@ def _chunks(session: Session, table: Table, side: int, *, biases: bool) -> Itera
             received = torch.empty((end - first,) if biases else (end - first, session.model.form.dim))
             world.receive(received, owner)
             yield received.numpy()
-
-
-def _write_tensorboard(session: Session) -> None:
-    """The curves for TensorBoard, once, from what metrics.jsonl holds; local run directories only."""
-    if not storage.is_local(session.run):
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    folder = storage.join(storage.local_path(session.run), "tensorboard")
-    storage.remove(folder)
-    with SummaryWriter(folder) as writer:
-        for record in session.progress.epochs:
-            for key in ("train_rmse", "val_rmse", "val_mae", "ratings_per_second"):
-                if record[key] is not None:
-                    writer.add_scalar(key, record[key], record["epoch"])

@@ -22,7 +22,7 @@ from mfdist.config import to_dict
 from mfdist.data.dataset import Dataset
 from mfdist.data.loader import Loader, available_bytes
 from mfdist.errors import DataError
-from mfdist.log import Console, MetricsLog
+from mfdist.log import Console, MetricsLog, Record
 from mfdist.model.cpu_step import FusedStep
 from mfdist.model.models import ITEM_TABLE, MF, USER_TABLE, MFAdvanced
 from mfdist.model.objective import Floats32, Objective, shares_of
@@ -122,20 +122,6 @@ def build(
     fused = fast_step(config, model, optimizer, objective, shares, loader.num_rows)
     adds_up = isinstance(fused, FusedStep) and not fused.needs_reduction
     replica = (fused or model) if adds_up else world.replicate(fused or model)
-    ranks = f"{world.size} {'rank' if world.size == 1 else 'ranks'} on {world.device.type}"
-    tables = "whole on each rank" if config.sharding == "replicated" else "cut by rows"
-    kernels = "Triton's kernels" if world.device.type == "cuda" else "numba's kernels"
-    console.info(
-        f"{manifest.name}: {loader.num_rows:,} training ratings, {manifest.num_users:,} users, "
-        f"{manifest.num_items:,} items, order {manifest.order}; {config.model}, {loader.num_steps:,} steps of "
-        f"{config.batch_size:,} an epoch, {ranks}, tables {tables}, {kernels if fused else 'torch autograd'}"
-    )
-    if world.size > 1 and isinstance(fused, FusedStep):
-        console.info(f"item rows go between the ranks through {fused.transport}")
-    if isinstance(fused, FusedStep) and fused.warning:
-        console.warn(fused.warning)
-    if replica is (fused or model) and world.size > 1 and (model.offset is None or not model.offset.requires_grad):
-        console.info("nothing is replicated in this model, so it runs without DistributedDataParallel")
     assert config.run_dir is not None
     return Session(
         config, config.run_dir, dataset, world, console, loader, model, fused, replica, optimizer, objective, shares,
@@ -170,8 +156,8 @@ def _shares(dataset: Dataset, user: Table) -> Shares:
     return shares_of(np.concatenate([np.empty(0, np.int64), *counts])), shares_of(dataset.counts("items"))
 
 
-def restore_or_initialise(session: Session) -> None:
-    """Take the newest good checkpoint, or the initial values."""
+def restore_or_initialise(session: Session, listen: Callable[[Record], None] | None = None) -> None:
+    """Take the newest good checkpoint, or the initial values. ``listen``: gets the records kept, and those to come."""
     config, world, run = session.config, session.world, session.run
     folder = None
     if config.resume not in ("auto", "never"):
@@ -187,7 +173,7 @@ def restore_or_initialise(session: Session) -> None:
         if config.init_from:
             begin_with(config.init_from, session.model, session.dataset, config.seed)
     path = storage.join(run, "metrics.jsonl") if world.is_main else None
-    session.metrics = MetricsLog(path, session.progress.step if folder else None)
+    session.metrics = MetricsLog(path, session.progress.step if folder else None, listen)
     kind = "resume" if folder else "start"
     session.metrics.write(kind, step=session.progress.step, epoch=session.progress.shown_epoch, world_size=world.size)
 

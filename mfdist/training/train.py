@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mfdist import storage
+from mfdist import compilation, storage
 from mfdist.cluster.world import World
+from mfdist.config import to_dict
 from mfdist.data.dataset import Dataset
 from mfdist.data.loader import Batch, Loader
 from mfdist.errors import DataError, DivergedError, MfdistError, StopRequested
@@ -29,9 +30,11 @@ from mfdist.model.cpu_step import FusedStep
 from mfdist.run import directory
 from mfdist.run.lease import Lease
 from mfdist.run.stopping import StopWatch
+from mfdist.training.announcement import announce, epoch_line
 from mfdist.training.config import TrainConfig, check_changes
 from mfdist.training.data_facts import fitted
 from mfdist.training.finish import finish
+from mfdist.training.meter import Meter
 from mfdist.training.session import (
     Session,
     build,
@@ -41,6 +44,7 @@ from mfdist.training.session import (
     save,
     wait_for_save,
 )
+from mfdist.training.trackers import open_trackers
 
 CHECK_SECONDS = 0.5
 """About how often the ranks agree on whether to stop and look at the loss."""
@@ -57,7 +61,8 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     dataset = Dataset.open(config.data)
     if not dataset.manifest.num_ratings["train"]:
         raise DataError(f"{storage.redact(dataset.path)} has no training ratings.")
-    config, dataset = fitted(config, dataset, world)
+    with console.busy("counting the ratings of users and items"):
+        config, dataset = fitted(config, dataset, world)
     assert config.run_dir is not None
     with _hold(config.run_dir, world, console) as may_save:
         if not _open_run(config, dataset, world, console):
@@ -69,10 +74,15 @@ def _train(
     config: TrainConfig, dataset: Dataset, world: World, console: Console, may_save: Callable[[], None]
 ) -> dict[str, Any]:
     watched = config.run_dir if world.is_main else None
-    with StopWatch(watched, config.max_minutes) as watch, _open_loader(config, dataset, world) as loader:
+    with console.busy("looking at the dataset's files"):
+        opened = _open_loader(config, dataset, world)
+    with StopWatch(watched, config.max_minutes) as watch, opened as loader:
         session = build(config, dataset, world, console, loader, may_save)
+        trackers = open_trackers(session.run, config.track, to_dict(config), console.warn) if world.is_main else None
         try:
-            restore_or_initialise(session)
+            with console.busy("filling the tables"):
+                restore_or_initialise(session, trackers.record if trackers else None)
+            announce(session)
             with collector_at_ease():
                 for epoch in range(session.progress.epoch, config.epochs):
                     due = _train_epoch(session, epoch, watch)
@@ -84,6 +94,8 @@ def _train(
             session.saver.close()
             if session.fused:
                 session.fused.close()
+            if trackers:
+                trackers.close()
 
 
 @contextlib.contextmanager
@@ -165,7 +177,7 @@ def _builtin_data(console: Console) -> str:
         console.info(f"making the built-in dataset (synthetic) under {path}")
         from mfdist.synthetic.builtin import make_builtin
 
-        make_builtin(path)
+        make_builtin(path, console=console)
     return path
 
 
@@ -231,39 +243,38 @@ def _open_loader(config: TrainConfig, dataset: Dataset, world: World) -> Loader:
 
 def _train_epoch(session: Session, epoch: int, watch: StopWatch) -> bool:
     """Returns whether a checkpoint is due at its end."""
-    progress, began, waited = session.progress, time.monotonic(), session.loader.stats.wait_seconds
-    seconds_before = progress.seconds
+    progress, began = session.progress, time.monotonic()
+    compiled, seconds_before = compilation.seconds(), progress.seconds
     pending: list[torch.Tensor] = []
-    shown, save_due = "", False
-    next_check, last_check = progress.step + 1, began
+    save_due, last_check = False, began
+    next_check = progress.step + 1
+    meter = Meter(session)
     total = session.loader.num_rows
     with session.console.progress(f"epoch {epoch + 1}/{session.config.epochs}", total, progress.rows) as bar:
         for batch in batches_of(session, epoch, progress.step_in_epoch):
             pending.append(train_step(session, batch))
             progress.rows += batch.global_rows
-            bar.advance(batch.global_rows, shown)
+            bar.advance(batch.global_rows, meter.shown)
             due = _step_due(session)
             if progress.step >= next_check or due or progress.step_in_epoch == session.loader.num_steps:
                 steps, spent = len(pending), time.monotonic() - last_check
-                reason, minutes_due, slowest = _check(session, pending, watch, spent)
+                reason, minutes_due, slowest = _check(session, pending, watch, spent, meter)
                 pending, last_check = [], time.monotonic()
-                shown = f"rmse {(progress.squared_error / max(1, progress.rows)) ** 0.5:.4f}"
                 next_check = progress.step + max(1, min(50, int(CHECK_SECONDS * steps / max(slowest, 1e-6))))
-                progress.seconds = seconds_before + time.monotonic() - began
+                progress.seconds = seconds_before + last_check - began - (compilation.seconds() - compiled)
                 last = progress.step_in_epoch == session.loader.num_steps
+                meter.write(epoch, at_once=last or bool(reason) or due or minutes_due)
                 if reason and not last:  # a whole epoch is evaluated first, and saved there
                     _stop(session, reason, watch)
                 save_due = due or minutes_due
                 if save_due and not last:
                     save(session)
-    progress.seconds = seconds_before + time.monotonic() - began
-    waited = session.loader.stats.wait_seconds - waited
-    session.metrics.write("data", step=progress.step, epoch=epoch + 1, wait_seconds=waited, seconds=progress.seconds)
+    progress.seconds = seconds_before + time.monotonic() - began - (compilation.seconds() - compiled)
     return save_due
 
 
 def _check(
-    session: Session, pending: list[torch.Tensor], watch: StopWatch, spent: float
+    session: Session, pending: list[torch.Tensor], watch: StopWatch, spent: float, meter: Meter
 ) -> tuple[str | None, bool, float]:
     """One collective: add up the losses of the last steps, and agree on whether to stop or to save.
 
@@ -274,10 +285,13 @@ def _check(
     cadence = session.config.checkpoint_every
     minutes_due = cadence.endswith("m") and time.monotonic() - session.saved_at >= 60 * int(cadence[:-1])
     losses = torch.stack(pending).cpu().numpy()
+    arrived = time.monotonic()
     summed = np.sum(world.gather(losses), axis=0)  # in rank order: a reduction's order varies with its length
+    meter.waited(time.monotonic() - arrived)
     summed *= session.model.form.units.spread**2
     flags = [float(reason is not None), float(minutes_due and world.is_main), spent, *session.saver.flags()]
-    stop, due, slowest, saving, failed = world.max(flags)
+    stop, due, slowest, saving, failed, *most = world.max([*flags, *meter.values()])
+    meter.take(most)
     follow_background_save(session, saving, failed)
     bad = np.flatnonzero(~np.isfinite(summed))
     if len(bad):
@@ -317,32 +331,38 @@ def _stop(session: Session, reason: str, watch: StopWatch) -> None:
 def _finish_epoch(session: Session, epoch: int, due: bool) -> None:
     """Settle, evaluate, record, save where it is ``due``, or this is an epoch that is kept in any case."""
     progress, config = session.progress, session.config
-    (session.fused or session.model).settle()
-    began = time.monotonic()
-    summary = session.validation.errors(session.model).summary()
+    with session.console.busy("bringing every row up to date"):
+        (session.fused or session.model).settle()
+    began, compiled = time.monotonic(), compilation.seconds()
+    with session.console.progress("validate", session.dataset.manifest.num_ratings["val"]) as bar:
+        summary = session.validation.errors(session.model, advance=bar.advance).summary()
+    if config.stop_fraction:
+        with session.console.progress("measure the stop rows", session.loader.num_stop_rows) as bar:
+            errors = session.validation.errors(
+                session.model, "stop", config.stop_fraction, config.seed, advance=bar.advance
+            )
+        progress.stop_rmse.append(errors.summary()["headline"]["val_rmse"] or 0.0)
+    clipped = summary["headline"]
     record = {
         "epoch": epoch + 1,
         "train_rmse": (progress.squared_error / max(1, progress.rows)) ** 0.5,
-        "val_rmse": summary["headline"]["val_rmse"],
-        "val_mae": summary["headline"]["val_mae"],
+        "val_rmse": clipped["val_rmse"],
+        "val_mae": clipped["val_mae"],
         "seconds": progress.seconds,
         "ratings_per_second": progress.rows / max(progress.seconds, 1e-9),
     }
-    line = f"epoch {epoch + 1}/{config.epochs} | train rmse {record['train_rmse']:.4f}"
-    if record["val_rmse"] is not None:
-        clipped = summary["headline"]
-        line += f" | val rmse {clipped['val_rmse_clipped']:.4f} mae {clipped['val_mae_clipped']:.4f} (clipped)"
-    if config.stop_fraction:
-        stop = session.validation.errors(session.model, "stop", config.stop_fraction, config.seed)
-        progress.stop_rmse.append(stop.summary()["headline"]["val_rmse"] or 0.0)
-        line += f" | stop rows {progress.stop_rmse[-1]:.4f}"
-    session.console.info(
-        f"{line} | {record['seconds']:.1f} s + {time.monotonic() - began:.1f} s to evaluate | "
-        f"{record['ratings_per_second'] / 1e6:.3f} M ratings/s"
-    )
+    measured = {
+        "val_rmse_clipped": clipped["val_rmse_clipped"], "val_mae_clipped": clipped["val_mae_clipped"],
+        "stop_rmse": progress.stop_rmse[-1] if progress.stop_rmse else None,
+        "validation_seconds": time.monotonic() - began - (compilation.seconds() - compiled),
+    }  # fmt: skip
+    session.console.info(epoch_line({**record, **measured}, config.epochs))
     progress.epochs.append(record)
     progress.summaries.append(summary)
-    session.metrics.write("epoch", step=progress.step, **record)
+    if compilation.seconds() > compiled:
+        seconds = compilation.seconds() - compiled
+        session.metrics.write("compile", step=progress.step, epoch=epoch + 1, seconds=seconds)
+    session.metrics.write("epoch", step=progress.step, **record, **measured)
     progress.epoch, progress.step_in_epoch = epoch + 1, 0
     progress.squared_error, progress.rows, progress.seconds = 0.0, 0, 0.0
     if due or config.checkpoint_every == "epoch" or config.stop_fraction or progress.epoch == config.epochs:

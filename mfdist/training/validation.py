@@ -39,13 +39,19 @@ class Validation:
         self._user_cold = {lane: place.counts(dataset) == 0 for lane, place in self._places.items()}
 
     @torch.no_grad()
-    def errors(self, model: MF, split: str = "val", stop_fraction: float = 0.0, seed: int = 0) -> SliceSums:
-        """Error sums over all ranks' rows of ``split`` with the tables as they are (settled); every rank calls."""
+    def errors(
+        self, model: MF, split: str = "val", stop_fraction: float = 0.0, seed: int = 0,
+        advance: Callable[[int], None] = lambda rows: None,
+    ) -> SliceSums:  # fmt: skip
+        """Error sums over all ranks' rows of ``split`` with the tables as they are (settled); every rank calls.
+
+        ``advance`` is told about how many rows of all ranks are done more."""
         low, high = self._dataset.manifest.rating_scale
         sums = SliceSums(low, high, self._dataset.manifest.rating_step)
 
         def add(lane: int, user: Any, item: Any, rating: Any, prediction: Any) -> None:
             sums.add(prediction, rating, self._user_cold[lane][self._places[lane].place(user)], self._item_cold[item])
+            advance(len(user) * self._world.size)
 
         self._predict_all(model, split, stop_fraction, seed, add)
         total = self._world.sum(sums.values)

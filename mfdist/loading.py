@@ -1,0 +1,40 @@
+"""A word while a program loads its libraries, which takes some seconds on a slow disk or a busy machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+
+PATIENCE_SECONDS = 1.0
+TEXT = "loading ..."
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Around the imports of a program: says so on a terminal where they take longer, and leaves no trace."""
+    if not sys.stderr.isatty() or os.environ.get("LOCAL_RANK", "0") != "0":
+        yield
+        return
+    done, said = threading.Event(), threading.Event()
+
+    def speak() -> None:
+        seconds = 0
+        while not done.wait(PATIENCE_SECONDS):
+            said.set()
+            seconds += 1
+            sys.stderr.write(f"\r{TEXT} {seconds} s")
+            sys.stderr.flush()
+
+    thread = threading.Thread(target=speak, name="loading", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        if said.is_set():
+            sys.stderr.write("\r" + " " * (len(TEXT) + 8) + "\r")
+            sys.stderr.flush()
