@@ -70,7 +70,7 @@ def row(field: dataclasses.Field[Any], basic: bool) -> str:
 
 
 def tables(cls: Any) -> str:
-    """The flags by their groups, as --help-all shows them; bold are those that --help shows, where it leaves some out."""
+    """The flags by their groups, as --help-all shows them; bold: those that --help shows, where it leaves some out."""
     fields = dataclasses.fields(cls)
     some = not all(config.is_basic(cls, field) for field in fields if not field.metadata["positional"])
     named = [f"| `{f.name.rstrip('s').upper()}` | {f.metadata['help']} | |" for f in fields if f.metadata["positional"]]
