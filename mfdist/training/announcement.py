@@ -30,7 +30,7 @@ def announce(session: Session) -> None:
         f"({config.lr_schedule})"
     )
     used = world.max([float(current_rss())])[0]
-    session.console.info(f"machine: {_machine(session)}; {used / 2**30:.2f} GiB of memory a process so far")
+    session.console.info(f"machine: {_machine(session)}; {used / 2**30:.2f} GiB a process so far")
     session.console.info(
         f"run:     {storage.redact(session.run)}, a checkpoint every {_cadence(config.checkpoint_every)}; Ctrl-C or "
         "SIGTERM stops with one, and the same command goes on"
@@ -80,13 +80,13 @@ def _machine(session: Session) -> str:
     world, config = session.world, session.config
     who = f"{world.size} {'process' if world.size == 1 else 'processes'} on {_device(session)}"
     if config.sharding == "replicated":
-        return f"{who}, the whole tables in each, by torch's own autograd"
+        return f"{who}; the whole tables in each, by torch's own autograd"
     if not session.fused:
-        return f"{who}, the tables cut by rows, by torch's own autograd"
+        return f"{who}; tables cut by rows, by torch's own autograd"
     if world.size == 1:
         return who
-    transport = f", through {session.fused.transport}" if isinstance(session.fused, FusedStep) else ""
-    return f"{who}, which share out the tables by rows and exchange item rows{transport}"
+    transport = f", item rows go through {session.fused.transport}" if isinstance(session.fused, FusedStep) else ""
+    return f"{who}; tables cut by rows{transport}"
 
 
 def _device(session: Session) -> str:

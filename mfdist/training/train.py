@@ -64,8 +64,11 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     with console.busy("counting the ratings of users and items"):
         config, dataset = fitted(config, dataset, world)
     assert config.run_dir is not None
-    with _hold(config.run_dir, world, console) as may_save:
-        if not _open_run(config, dataset, world, console):
+    with contextlib.ExitStack() as held:
+        with console.busy("opening the run directory"):
+            may_save = held.enter_context(_hold(config.run_dir, world, console))
+            fresh = _open_run(config, dataset, world, console)
+        if not fresh:
             return None
         return _train(config, dataset, world, console, may_save)
 
@@ -95,7 +98,8 @@ def _train(
             if session.fused:
                 session.fused.close()
             if trackers:
-                trackers.close()
+                with console.busy("handing the last figures to the trackers"):
+                    trackers.close()
 
 
 @contextlib.contextmanager
