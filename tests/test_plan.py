@@ -122,7 +122,8 @@ def planned(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     from jobs import plan as job
 
     assert job.main([*flags, "--calibrate-seconds", "0.05"]) == 0
-    return capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().out.splitlines()
+    return [line for line in said if not line.startswith(("trying it", "counting the ratings"))]  # on a slow machine
 
 
 def test_the_job_prints_a_column_for_each_number_of_ranks_and_what_it_measured(
