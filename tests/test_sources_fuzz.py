@@ -7,6 +7,7 @@ refused rows, whose number is that of the records that an independent count find
 from __future__ import annotations
 
 import ast
+import contextlib
 import gzip
 import io
 import json
@@ -20,13 +21,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from mfdist.errors import DataError, UsageError
+from mfdist.errors import DataError, UsageError, exit_code_of
 from mfdist.prepare import readers
 from mfdist.prepare.columns import recognise
 from mfdist.prepare.input_files import find_sources
+from mfdist.prepare.prepare import prepare_frame
 from mfdist.prepare.row_blocks import Block, Rules
 from mfdist.prepare.times import TimeUnit, in_seconds, unit_of
 
@@ -236,6 +239,67 @@ def test_literals_are_parsed_and_not_run(tmp_path: Path) -> None:
     found = read(tmp_path / "r")
     assert ast.literal_eval(lines[0]) == record and found.rows == [("u", "16", -1.5, 10**9)]
     assert [line for line, reason, _ in found.refused if reason == "not a Python literal"] == [2, 3]
+
+
+@dataclass
+class Frame:
+    """A data frame of any library that gives Arrow tables."""
+
+    table: pa.Table
+
+    def to_arrow(self) -> pa.Table:
+        return self.table
+
+
+def arrow_columns() -> dict[str, pa.Array]:
+    """Two values of every kind of type that Arrow has for a column."""
+    bits = pa.array([b"0123456789abcdef", None], pa.binary(16))
+    by_type = [
+        pa.array([1, None], kind) for kind in (pa.int8(), pa.uint64(), pa.float16(), pa.float32(), pa.decimal128(9, 2),
+                                               pa.decimal256(50, 1), pa.time32("s"), pa.time64("ns"), pa.date32(),
+                                               pa.date64(), pa.timestamp("ns", "UTC"), pa.duration("s"))
+    ]  # fmt: skip
+    by_type += [pa.array(["1", None], kind) for kind in (pa.string(), pa.large_string(), pa.string_view())]
+    by_type += [pa.array([b"1", None], kind) for kind in (pa.binary(), pa.large_binary(), pa.binary_view())]
+    by_type += [
+        bits, pa.ExtensionArray.from_storage(pa.uuid(), bits), pa.array([True, None]), pa.nulls(2),
+        pa.array(["1", None]).dictionary_encode(), pc.run_end_encode(pa.array([1, 1])), pa.array([[1], None]),
+        pa.array([{"a": 1}, None]), pa.array([(1, 2, 3), None], pa.month_day_nano_interval()),
+        pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.int8())), pa.array([[1, 2], None], pa.list_(pa.int8(), 2)),
+        pa.ExtensionArray.from_storage(pa.bool8(), pa.array([1, None], pa.int8())),
+    ]  # fmt: skip
+    return {str(array.type): array for array in by_type}
+
+
+@pytest.mark.parametrize("role", KEYS)
+def test_every_type_of_a_column_is_read_or_refused(role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Parquet where it can be written, and as a data frame's column."""
+    monkeypatch.setattr("mfdist.prepare.write_pass.write_dataset_report", lambda *_: None)
+    columns: dict[str, Any] = {"user_id": ["a", "b"], "item_id": [1, 2], "rating": [3, 4], "timestamp": [5, 6]}
+    for kind, array in arrow_columns().items():
+        table = pa.table({**columns, role: array})
+        path = tmp_path / "r.parquet"
+        with contextlib.suppress(pa.ArrowException):  # Arrow has types that Parquet has not
+            pq.write_table(table, path)
+            try:
+                assert read(path).num_in == 2, kind
+            except DataError as error:
+                assert str(path) in str(error), kind
+        code = exit_code_of(lambda: prepare_frame(Frame(table), str(tmp_path / "d"), max_rejected=1.0, lanes=1) and 0)
+        assert code in (0, 3), kind
+
+
+def test_scipy_writes_what_is_read(tmp_path: Path) -> None:
+    scipy_sparse = pytest.importorskip("scipy.sparse", reason="scipy is not installed")
+    from scipy.io import mmwrite
+
+    rng = np.random.default_rng(0)
+    matrix = scipy_sparse.random_array((90, 70), density=0.1, rng=rng, format="coo")
+    for values in (matrix, (matrix * 9e6).astype(np.int64).tocoo(), (matrix * 1e-9).tocoo()):
+        mmwrite(tmp_path / "r.mtx", values)
+        found = read(tmp_path / "r.mtx")
+        rows = [(str(r + 1), str(c + 1), np.float32(v)) for r, c, v in zip(*values.coords, values.data, strict=True)]
+        assert sorted(found.rows) == sorted(rows) and not found.refused
 
 
 # Other readers as oracles ------------------------------------------------------------------------

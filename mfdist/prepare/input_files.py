@@ -1,15 +1,16 @@
 """Which files are meant: paths, globs, folders and URLs to sources, each file once.
 
 A folder is read with the folders in it; what its ``name=value`` folders say are columns of the rows below. Names that
-begin with ``.`` or ``_``, checksums, and empty parts of a folder or glob are left out, and said. A folder whose own log
-says which of its files count (Delta, Iceberg, Hudi) is refused: the files alone hold removed rows too.
+begin with ``.`` or ``_`` and checksums in a folder or glob, and empty files beside others, are left out, and said. A
+folder whose own log says which of its files count (Delta, Iceberg, Hudi) is refused: the files alone hold removed rows
+too.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -22,6 +23,8 @@ _ENDING = re.compile(r"(\.(csv|tsv|txt|dat|jsonl?|ndjson|parquet|pq|mtx))?(\.(gz
 _SMALL_BYTES = 1024
 """Below this a packed part is unpacked to see whether it is empty."""
 
+_COMPARED_BYTES = 1 << 16
+
 Say = Callable[[str], None]
 
 
@@ -29,23 +32,21 @@ def find_sources(patterns: tuple[str, ...], *, val: bool = False, say: Say = lam
     """The files that paths, globs, folders and URLs name, sorted within each.
 
     ``say`` is told what was left out and which file has two names. DataError where one names no file, a folder is a
-    table with a log of its own, or a folder or glob holds the same name in two forms (packed and unpacked).
+    table with a log of its own, one name stands there in two forms (packed and unpacked), or all files are empty.
     """
     search = _Search()
     for pattern in patterns:
         search.add(pattern)
-    paths = _once_each([*search.found], say)
-    _refuse_two_forms([path for path in paths if not search.found[path]])
     sources, empty = [], []
-    for path in paths:
+    for path in _once_each([*search.found], say):
         source = recognised(path, val=val, partition=_partition(path))
-        if source is None or (not search.found[path] and _holds_nothing(source)):
+        if source is None or _holds_nothing(source):
             empty.append(path)
         else:
             sources.append(source)
-    named = [path for path in empty if search.found[path]]
-    if named or not sources:
-        raise DataError(f"{storage.redact((named or empty or [*patterns])[0])} is empty.")
+    if not sources:
+        raise DataError(f"{storage.redact((empty or [*patterns])[0])} is empty.")
+    _refuse_two_forms(sources, search.found, say)
     _say_left_out(say, search.left_out, "hidden, a mark or a checksum by its name")
     _say_left_out(say, empty, "empty")
     return sources
@@ -183,17 +184,35 @@ def _once_each(paths: list[str], say: Say) -> list[str]:
     return [*first.values()]
 
 
-def _refuse_two_forms(paths: list[str]) -> None:
-    """DataError where one name stands there packed and unpacked, or in two formats."""
-    forms: dict[str, str] = {}
-    for path in paths:
-        folder, _, name = path.rpartition("/")
-        twin = forms.setdefault(f"{folder}/{_ENDING.sub('', name, count=1)}", path)
-        if twin != path:
+def _refuse_two_forms(sources: list[Source], named: Mapping[str, bool], say: Say) -> None:
+    """DataError where one name stands there twice with the same beginning, packed and unpacked, or as Parquet too.
+
+    Beginnings of text and Parquet cannot be compared: they are read both where both were named.
+    """
+    forms: dict[str, Source] = {}
+    for source in sources:
+        folder, _, name = source.path.rpartition("/")
+        twin = forms.setdefault(f"{folder}/{_ENDING.sub('', name, count=1)}", source)
+        if twin is source:
+            continue
+        if "parquet" in (twin.packing, source.packing):
+            alike = not (named[twin.path] and named[source.path])
+        else:
+            alike = _beginning(twin) == _beginning(source)
+        if alike:
             raise DataError(
-                f"{storage.redact(twin)} and {storage.redact(path)} look like the same rows in two forms, which would "
-                "count twice. Name the files to read one by one, or move one away."
+                f"{twin.shown} and {source.shown} look like the same rows in two forms, which would count twice. Name "
+                "one of them."
             )
+        say(f"{twin.shown} and {source.shown} have one name and are read both")
+
+
+def _beginning(source: Source) -> bytes:
+    with Text(source) as text:
+        head = b""
+        while len(head) < _COMPARED_BYTES and (more := text.read(_COMPARED_BYTES - len(head))):
+            head += more
+    return head
 
 
 def _holds_nothing(source: Source) -> bool:

@@ -33,6 +33,7 @@ from mfdist.prepare.preview import show
 from mfdist.prepare.read_pass import FrameSource, Ingest, ingest
 from mfdist.prepare.row_blocks import Rules
 from mfdist.prepare.sources import Source
+from mfdist.prepare.tables import check_id_types
 
 MAX_SALTS = 4
 
@@ -84,6 +85,7 @@ def prepare_frame(frame: Any, out: str, **settings: Any) -> Dataset:
     config = PrepareConfig(sources=("data frame",), out=str(out), overwrite=True, **settings)
     table = frame.to_arrow() if hasattr(frame, "to_arrow") else _pandas_table(frame)
     layout = frame_layout(table, config.columns)
+    check_id_types(table.schema, [str(name) for name in layout.columns[:2]], "the data frame")
     vals: list[Source | FrameSource] = [*find_sources(config.val, val=True)] if config.val else []
     layouts = [layout, *(recognise(s, config.columns) for s in vals if isinstance(s, Source))]
     return _prepared(config, [FrameSource(table), *vals], layouts, {}, Console(False))

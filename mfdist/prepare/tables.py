@@ -211,13 +211,9 @@ def _times(column: pa.ChunkedArray) -> tuple[Ints, Flags, Flags]:
         return time, status != delimited_text.OK, dated
     bad, dated = column.is_null().to_numpy(), np.zeros(n, np.bool_)
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        if pa.types.is_timestamp(kind):
-            column = column.cast(pa.int64())
-            per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[kind.unit]
-            column = pc.fill_null(column, 0).to_numpy() // per_second
-        else:
-            column = pc.fill_null(column.cast(pa.date32()).cast(pa.int32()), 0).to_numpy().astype(np.int64) * 86400
-        return column, bad, np.ones(n, np.bool_)
+        whole = column.cast(pa.int32() if pa.types.is_date32(kind) else pa.int64())
+        values = pc.fill_null(whole, 0).to_numpy().astype(np.int64)
+        return values * 86400 if pa.types.is_date32(kind) else values // _per_second(kind), bad, ~dated
     if not _is_number(kind):
         return np.zeros(n, np.int64), np.ones(n, np.bool_), dated
     if not pa.types.is_integer(kind):
@@ -226,6 +222,11 @@ def _times(column: pa.ChunkedArray) -> tuple[Ints, Flags, Flags]:
         column = pc.if_else(usable, pc.trunc(column), pa.scalar(None, pa.float64()))
         bad = column.is_null().to_numpy()
     return pc.fill_null(column.cast(pa.int64(), safe=False), 0).to_numpy(), bad, dated
+
+
+def _per_second(kind: pa.DataType) -> int:
+    """Ticks per second of a timestamp or of a date in milliseconds."""
+    return 10**3 if pa.types.is_date(kind) else {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[kind.unit]
 
 
 def _read_texts(column: pa.ChunkedArray, status_of: int) -> tuple[Any, Ints, Flags, npt.NDArray[np.uint8]]:
