@@ -120,6 +120,17 @@ def test_an_append_keeps_the_datasets_unit_of_time(tmp_path: Path) -> None:
     assert times == [1577836800000, 1577836800000]
 
 
+def test_a_file_in_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mfdist.prepare.input_files import find_sources
+
+    def denied(path: str) -> list[str]:
+        raise PermissionError(13, "Permission denied", path)
+
+    source = ratings(tmp_path / "f")
+    monkeypatch.setattr("mfdist.prepare.input_files.storage.list_names", denied)
+    assert [found.path for found in find_sources((str(source),))] == [str(source)]
+
+
 def test_a_member_of_a_zip_file_by_its_url(tmp_path: Path) -> None:
     import zipfile
 

@@ -129,13 +129,19 @@ def _is_mark(name: str) -> bool:
 
 
 def _refuse_tables(path: str, looked_at: set[str]) -> None:
-    """DataError where a file lies in a table that has a log of its own; each folder is looked at once."""
-    if "::" in path:
+    """DataError where a file lies in a table that has a log of its own; each folder is looked at once.
+
+    Who may read a file need not be allowed to list its folder: then nothing is said of it.
+    """
+    if "::" in path or path.startswith(("http://", "https://")):
         return
     folder = path.rpartition("/")[0] or "."
     while folder not in looked_at:
         looked_at.add(folder)
-        names = set(storage.list_names(folder))
+        try:
+            names = set(storage.list_names(folder))
+        except OSError:
+            return
         for name in _LOGS.keys() & names:
             raise _table_error(folder, _LOGS[name])
         if "metadata" in names and any(
@@ -171,8 +177,10 @@ def _identity(path: str) -> Any:
         except OSError:
             return path
         return status.st_dev, status.st_ino
+    if "::" in path:
+        return path
     fs, inner = storage.filesystem(path)
-    return path if "::" in path else str(fs.unstrip_protocol(inner))
+    return str(fs.unstrip_protocol(inner))
 
 
 def _once_each(paths: list[str], say: Say) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import contextlib
 import gzip
 import hashlib
 import io
@@ -106,7 +107,8 @@ class Reopened(io.RawIOBase):
 
     def _measured(self) -> int:
         if "::" in self._path:  # seeking in an archive unpacks it
-            return storage.size(self._path)
+            with contextlib.suppress(TypeError):  # a store that does not know
+                return storage.size(self._path)
         size = int(self._stream.seek(0, io.SEEK_END))
         self._stream.seek(0)
         return size
