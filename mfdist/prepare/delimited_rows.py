@@ -43,9 +43,11 @@ def parse_delimited(piece: tuple[bytes, int, int], layout: Layout, rules: Rules)
     scanned = _scan(view, content, layout, rules)
     raw = _raw_lines(content) if rewritten else None
 
+    line, begin, end = scanned.line, scanned.begin, scanned.end  # a block keeps these, and not all that was scanned
+
     def where(i: int) -> tuple[int, str]:
-        line = int(scanned.line[i])
-        return line + skipped, raw(line) if raw else _text(view[scanned.begin[i] : scanned.end[i]])
+        at = int(line[i])
+        return at + skipped, raw(at) if raw else _text(view[begin[i] : end[i]])
 
     status, start, length = scanned.status, scanned.start, scanned.length
     both = _with_constants(scanned, layout, rules)
@@ -64,8 +66,8 @@ def parse_delimited(piece: tuple[bytes, int, int], layout: Layout, rules: Rules)
     good = status == delimited_text.OK
     rejects = []
     for i in np.flatnonzero(~good).tolist():
-        line, text = where(i)
-        rejects.append((line, reasons.get(i) or REASONS[int(status[i])], text))
+        at, text = where(i)
+        rejects.append((at, reasons.get(i) or REASONS[int(status[i])], text))
     good &= judge(scanned.rating, good, rules, where, rejects)
     kept = np.flatnonzero(good)
     with_time = rules.with_time
