@@ -83,7 +83,8 @@ def test_val_rows_that_are_trained_on_are_counted(tmp_path: Path, capsys: pytest
     train, val = rows[:400], rows[400:]
     for name, part in (("a.csv", train), ("b.csv", val)):
         (tmp_path / name).write_text("".join(",".join(map(str, row)) + "\n" for row in part))
-    dataset = run(tmp_path / "a.csv", "--val", tmp_path / "b.csv", "--out", tmp_path / "d")
+    files = [tmp_path / "a.csv", "--val", tmp_path / "b.csv", "--columns", "0,1,2,3"]
+    dataset = run(*files, "--out", tmp_path / "d")
     pairs = sum(row[:2] in {r[:2] for r in train} for row in val)
     same = sum(row in set(train) for row in val)
     assert dataset.manifest.extra["val_in_train"] == {"pairs": pairs, "rows": same} and 0 < same < pairs < 200
