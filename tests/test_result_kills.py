@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
 import signal
@@ -15,8 +17,47 @@ import pytest
 from datasets import make_dataset
 from test_evaluate import write_run
 
-ROOT = Path(__file__).parents[1]
-KILLS = 8
+KILLS = 6
+
+
+class Jobs:
+    """Jobs of a process that has imported all they need (``forked_jobs``)."""
+
+    def __init__(self):
+        command = [sys.executable, str(Path(__file__).with_name("forked_jobs.py"))]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(self, *words):
+        self._process.stdin.write(json.dumps(words) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def end(self):
+        return int(self._process.stdout.readline())
+
+    def close(self):
+        self._process.communicate()
+        assert self._process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def jobs():
+    jobs = Jobs()
+    yield jobs
+    jobs.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of 20,000 users and 500 items in 40 lanes, and 40 files of pairs."""
+    folder = tmp_path_factory.mktemp("kills")
+    write_run(folder / "run", make_dataset(folder / "data", rows=60_000, lanes=40, users=20_000, items=500))
+    rng = np.random.default_rng(0)
+    (folder / "pairs").mkdir()
+    for k in range(40):
+        rows = zip(rng.integers(0, 25_000, 5000), rng.integers(0, 500, 5000), strict=True)
+        (folder / f"pairs/{k:02d}.csv").write_text("".join(f"u{u},i{i},3\n" for u, i in rows))
+    return folder
 
 
 @pytest.mark.slow
@@ -26,39 +67,37 @@ KILLS = 8
     [("recommend", "parquet"), ("recommend", "csv"), ("predict", "parquet"), ("predict", "csv"), ("similar", "csv"),
      ("recommend --fold-in", "parquet")],
 )  # fmt: skip
-def test_killed_at_random_moments(tmp_path, job, ending):
-    dataset = make_dataset(tmp_path / "data", rows=60_000, lanes=40, users=20_000, items=500)
-    write_run(tmp_path / "run", dataset)
-    rng, moment = np.random.default_rng(0), random.Random(f"{job} {ending}")
-    (tmp_path / "pairs").mkdir()
-    for k in range(40):
-        rows = zip(rng.integers(0, 25_000, 20_000), rng.integers(0, 500, 20_000), strict=True)
-        (tmp_path / f"pairs/{k:02d}.csv").write_text("".join(f"u{u},i{i},3\n" for u, i in rows))
+def test_killed_at_random_moments(tmp_path, jobs, folder, job, ending):
+    moment = random.Random(f"{job} {ending}")
     job, *fold_in = job.split()
-    flags = {"recommend": ["--device", "cpu"], "predict": [str(tmp_path / "pairs")],
+    flags = {"recommend": ["--device", "cpu"], "predict": [str(folder / "pairs")],
              "similar": ["--device", "cpu", "--side", "users"]}[job]  # fmt: skip
-    flags += [*fold_in, str(tmp_path / "pairs/00.csv")] if fold_in else []
+    flags += [*fold_in, str(folder / "pairs/00.csv")] if fold_in else []
 
-    def command(out):
-        return [sys.executable, str(ROOT / f"jobs/{job}.py"), *flags, "--run-dir", str(tmp_path / "run"),
-                "--out", str(tmp_path / out / f"out.{ending}")]  # fmt: skip
+    def start(out):
+        return jobs.start(job, *flags, "--run-dir", str(folder / "run"), "--out", str(tmp_path / out / f"out.{ending}"))
 
-    for folder in ("whole", "killed"):
-        (tmp_path / folder).mkdir()
-    began = time.monotonic()
-    subprocess.run(command("whole"), check=True, capture_output=True)
-    seconds, kills = time.monotonic() - began, 0
-    while kills < KILLS:
-        process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(moment.uniform(0.3, 1) * seconds)
-        number = moment.choice([signal.SIGKILL, signal.SIGTERM])
-        process.send_signal(number)
-        code = process.wait()
+    for out in ("whole", "killed"):
+        (tmp_path / out).mkdir()
+    for _ in range(2):  # the second is never the first of its job
+        began = time.monotonic()
+        start("whole")
+        assert jobs.end() == 0
+        seconds = time.monotonic() - began
+    codes = []
+    while len(codes) < KILLS:
+        pid = start("killed")
+        time.sleep(moment.uniform(0.1, 1) * seconds)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended
+            os.kill(pid, moment.choice([signal.SIGKILL, signal.SIGTERM]))
+        code = jobs.end()
         assert code in (0, 75, -signal.SIGKILL, -signal.SIGTERM)
-        kills += code != 0
-        if code == 0:  # done before the signal came: begin anew
+        if code:
+            codes.append(code)
+        else:  # done before the signal came: begin anew
             os.unlink(tmp_path / f"killed/out.{ending}")
-    subprocess.run(command("killed"), check=True, capture_output=True)
+    start("killed")
+    assert jobs.end() == 0
     assert os.listdir(tmp_path / "killed") == [f"out.{ending}"]
-    whole, killed = ((tmp_path / folder / f"out.{ending}").read_bytes() for folder in ("whole", "killed"))
+    whole, killed = ((tmp_path / out / f"out.{ending}").read_bytes() for out in ("whole", "killed"))
     assert killed == whole
