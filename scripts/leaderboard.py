@@ -4,6 +4,9 @@
     MFDIST_TEST_DATA=FOLDER python scripts/leaderboard.py
     python scripts/leaderboard.py --files FOLDER --data ml-100k-u1,core164k --seeds 3 --work build/leaderboard --json F
 
+Any folder of .csv, .tsv and .parquet files will do, user, item and rating in their first three columns; NAME.base.* and
+NAME.test.* (or .train. and .val.) are one dataset. scripts/shapes.py makes some of other shapes.
+
 Validation rows are the last fifth after pandas' ``sample(frac=1, random_state=42)``, or a predefined file. Every system
 predicts the same validation rows; predictions are clipped to the rating scale. With several seeds, a row's squared
 error is its mean over the seeds, on both sides of a comparison. The interval is that of RMSE(ours) - RMSE(best peer),
@@ -44,7 +47,9 @@ DATASETS = {
     "head50698": ("ratings_Electronics.head50698.csv",),
     "ml-100k-u1": ("ml-100k-u1.base.tsv", "ml-100k-u1.test.tsv"),
 }
-"""The files of each dataset: all ratings, or those of training and of validation."""
+"""The files of datasets that have a name of their own: all ratings, or those of training and of validation."""
+ENDINGS = (".csv", ".tsv", ".parquet")
+PARTS = {"base": "test", "train": "val"}
 COLUMNS = ["user_id", "item_id", "rating"]
 OURS = "mfdist recipe"
 
@@ -112,21 +117,22 @@ class System:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", default=os.environ.get("MFDIST_TEST_DATA"), help="folder of the rating files")
-    parser.add_argument("--data", default=",".join(DATASETS), help="datasets, with commas between them")
+    parser.add_argument("--data", default="", help="datasets, with commas between them; not given: all in the folder")
     parser.add_argument("--systems", default="", help="only systems whose name contains one of these words")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", default="build/leaderboard", help="what is done already is kept here")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the systems that have them")
     parser.add_argument("--svdpp-limit", type=float, default=5e7, help="sum of squared ratings of a user")
-    parser.add_argument("--config", default="mfdist/configs/recipe.toml", help="our recipe")
+    parser.add_argument("--config", default="", help="in place of the recipe, what training does without flags")
     parser.add_argument("--json", help="write the results here")
     flags = parser.parse_args(argv)
-    names = flags.data.split(",")
-    if not flags.files or set(names) - set(DATASETS):
-        parser.error(f"give --files or MFDIST_TEST_DATA, and --data of {', '.join(DATASETS)}.")
+    found = datasets_in(Path(flags.files)) if flags.files else {}
+    names = flags.data.split(",") if flags.data else list(found)
+    if not names or set(names) - set(found):
+        parser.error(f"give --files or MFDIST_TEST_DATA, and --data of what is there: {', '.join(found) or 'nothing'}.")
     wanted = flags.systems.split(",")
     systems = [s for s in list_systems(flags) if any(word in s.name for word in wanted)]
-    rows = [row for name in names for row in measure(prepared(name, flags), systems, flags.seeds)]
+    rows = [row for name in names for row in measure(prepared(name, found[name], flags), systems, flags.seeds)]
     print_table(rows)
     if flags.json:
         machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
@@ -137,12 +143,30 @@ def main(argv: list[str] | None = None) -> int:
 # The data -----------------------------------------------------------------------------------------
 
 
+def datasets_in(folder: Path) -> dict[str, tuple[str, ...]]:
+    """The datasets of a folder by name, see ``DATASETS``."""
+    there = sorted(path.name for path in folder.iterdir() if path.suffix in ENDINGS)
+    found = {name: files for name, files in DATASETS.items() if set(files) <= set(there)}
+    taken = {file for files in found.values() for file in files}
+    for file in there:
+        stem, ending = file.rsplit(".", 1)
+        name, _, part = stem.rpartition(".")
+        other = f"{name}.{PARTS.get(part)}.{ending}"
+        if file not in taken:
+            found[name if other in there else stem] = (file, other) if other in there else (file,)
+            taken |= {file, other}
+    return found
+
+
 def read_ratings(path: Path) -> pd.DataFrame:
-    """The columns user_id, item_id, rating of a file of this project's test data."""
+    """The columns user_id, item_id, rating: the first three of a file, whatever a first line calls them."""
     if path.suffix == ".parquet":
         frame = pd.read_parquet(path)
     else:
-        frame = pd.read_csv(path, header=None, sep="\t" if path.suffix == ".tsv" else ",")
+        separator = "\t" if path.suffix == ".tsv" else ","
+        third = str(pd.read_csv(path, header=None, sep=separator, nrows=1).iloc[0, 2])
+        named = not third.replace(".", "", 1).lstrip("-").isdigit()
+        frame = pd.read_csv(path, header=0 if named else None, sep=separator)
     frame = frame.iloc[:, :3].set_axis(COLUMNS, axis=1)
     return frame.astype({"user_id": str, "item_id": str, "rating": "float32"})
 
@@ -156,12 +180,12 @@ def divide(parts: Sequence[pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return shuffled.iloc[:kept], shuffled.iloc[kept:]
 
 
-def prepared(name: str, flags: Any) -> Split:
+def prepared(name: str, files: Sequence[str], flags: Any) -> Split:
     work = Path(flags.work).resolve() / name
     folder = work / "data"
     if not (folder / "dataset.json").exists():
         work.mkdir(parents=True, exist_ok=True)
-        frames = divide([read_ratings(Path(flags.files, file)) for file in DATASETS[name]])
+        frames = divide([read_ratings(Path(flags.files, file)) for file in files])
         paths = [str(work / f"{part}.parquet") for part in ("train", "val")]
         for frame, path in zip(frames, paths, strict=True):
             frame.to_parquet(path, index=False)
@@ -203,7 +227,8 @@ def list_systems(flags: Any) -> list[System]:
 def ours(config: str, split: Split, seed: int) -> tuple[Array, float]:
     """A run of jobs/train.py, and what its export predicts."""
     run = split.work / "run"
-    job("train", "--config", str(ROOT / config), "--data", split.dataset.path, "--run-dir", str(run), "--overwrite",
+    given = ["--config", str(ROOT / config)] if config else []
+    job("train", *given, "--data", split.dataset.path, "--run-dir", str(run), "--overwrite",
         "--seed", str(seed), "--checkpoint-every", "60m", stdout=subprocess.DEVNULL)  # fmt: skip
     report = json.loads((run / "report.json").read_text())
     predicted = ExportedModel.open(str(run)).predict(split.arrays["val_user"], split.arrays["val_item"])

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from leaderboard import DATASETS, divide, read_ratings
+from leaderboard import datasets_in, divide, read_ratings
 from peers import job
 
 from mfdist.cluster.world import World
@@ -70,7 +70,7 @@ Settings = dict[str, Any]
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", default=os.environ.get("MFDIST_TEST_DATA"), help="folder of the rating files")
-    parser.add_argument("--data", default=",".join(DATASETS), help="datasets, with commas between them")
+    parser.add_argument("--data", default="", help="datasets, with commas between them; not given: all in the folder")
     parser.add_argument("--config", default="mfdist/configs/recipe.toml", help="where the search starts")
     parser.add_argument("--keys", default=",".join(SPACE), help="settings to search")
     parser.add_argument("--folds", type=int, default=3, help="inner splits of a dataset with a predefined split")
@@ -78,11 +78,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the inner splits and of training")
     parser.add_argument("--work", default="build/search", help="inner datasets and finished trainings")
     flags = parser.parse_args(argv)
-    names, keys = flags.data.split(","), flags.keys.split(",")
-    if not flags.files or set(names) - set(DATASETS) or set(keys) - set(SPACE):
+    there = datasets_in(Path(flags.files)) if flags.files else {}
+    names, keys = flags.data.split(",") if flags.data else list(there), flags.keys.split(",")
+    if not names or set(names) - set(there) or set(keys) - set(SPACE):
         parser.error("give --files or MFDIST_TEST_DATA, --data and --keys of those that --help shows.")
     work = Path(flags.work).resolve()
-    splits = {name: inner_splits(name, work, flags) for name in names}
+    splits = {name: inner_splits(name, there[name], work, flags) for name in names}
     settings: Settings = tomllib.loads(Path(flags.config).read_text())
     trials = Trials(work / "trials.jsonl", flags.seed)
     start = {name: trials.error(settings, paths) for name, paths in splits.items()}
@@ -106,10 +107,10 @@ def shown(errors: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
 
 
-def inner_splits(name: str, work: Path, flags: Any) -> list[str]:
+def inner_splits(name: str, files: Sequence[str], work: Path, flags: Any) -> list[str]:
     """Prepared datasets of the training rows of ``name``, some of them held out."""
-    train, _ = divide([read_ratings(Path(flags.files, file)) for file in DATASETS[name]])
-    thinned = len(DATASETS[name]) == 2
+    train, _ = divide([read_ratings(Path(flags.files, file)) for file in files])
+    thinned = len(files) == 2
     paths = []
     for fold in range(flags.folds if thinned else 1):
         folder = work / f"{name}-{flags.seed}-{fold}"

@@ -120,7 +120,7 @@ GAPS = (0, 1, 3, 6, 11, 20, 120, 124, 128, 320, 1320, 1321)
 """Steps that a case takes, with gaps of 1, 2, 4, 8, 99, 3 (rules are polynomials by then), the horizon, a thousand."""
 
 
-PENALTY = {"l2": (0.02, 0.03), "row_l2": (0.1, 0.2, 0.3, 0.4, 0.0, 0.0)}
+PENALTY = {"l2": (0.02, 0.02, 0.03, 0.03, 0.0, 0.0), "row_l2": (0.1, 0.2, 0.3, 0.4, 0.0, 0.0)}
 
 
 def run_steps(make, device, *, kind, dim, bias, steps=GAPS, rows=(130, 64, 1), penalty=None, **values):
@@ -207,7 +207,9 @@ def run_members(make, device, *, kind, dim, members, implicit, steps, rows):
     for side, table in enumerate(tables):
         table.initialise(lambda first, end, side=side: form.initial(1, side, first, end))
     model = MFAdvanced(form, *tables)
-    objective = Objective(reduction="sum", l2=(0.027, 0.01), row_l2=(5.4, 4.0, 5.0, 6.5, 6.4, 28.0))
+    objective = Objective(
+        reduction="sum", l2=(0.027, 0.02, 0.01, 0.015, 0.04, 0.03), row_l2=(5.4, 4.0, 5.0, 6.5, 6.4, 28.0)
+    )
     counts = [300 + np.arange(size) % 9 for size in (USERS, ITEMS)]
     step = make(model, optimizer, objective, tuple(map(shares_of, counts)))
     generator, sums = torch.Generator().manual_seed(3), []
@@ -299,7 +301,7 @@ POINTERS = {"lasts": "i32", "rows": "i32", "starts": "i32", "count": "i32", "ord
             "item_slot": "i32", "user_slot": "i32", "other_slot": "i32", "slot": "i32", "clock": "i32", "head": "i32",
             "ids": "i32"}
 SCALARS = {"scale": "fp32", "low": "fp32", "span": "fp32", "n": "i32", "blocks": "i32",
-           "penalties": ("*fp32", "fp32", "fp32", "fp32", "fp32", "fp32", "fp32")}
+           "penalties": ("*fp32", "fp32", "fp32", "fp32", "fp32", "fp32", "fp32", "fp32")}
 SCALARS["rules"] = ("*fp64", "*fp32", "*fp32", "*fp32", "i32", "i32", "fp32", "fp32", "fp32")
 KERNELS = {
     "heads": {"n": "i32"}, "list_rows": {}, "gather": {}, "settle": {"number": "i32"}, "user_pass": {}, "row_pass": {},

@@ -13,6 +13,7 @@ from datasets import make_dataset
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import leaderboard
 import search_recipe
+import shapes
 from peers import PeerAbsent, columns_of
 
 
@@ -58,6 +59,29 @@ def test_rows_of_the_table(split):
     assert difference == pytest.approx(by_name[leaderboard.OURS]["rmse"] - by_name["A"]["rmse"])
     assert "ours_minus_this" not in by_name["B"]
     assert by_name["C"]["reason"].startswith("cannot be installed") and by_name["D"]["reason"].startswith("left out")
+
+
+def test_any_folder_of_files(tmp_path):
+    for name in ("ml-1m.parquet", "b.base.tsv", "b.test.tsv", "plain.csv", "a.b.csv", "lone.train.csv", "notes.md"):
+        (tmp_path / name).write_text("u1,i1,4.5,7\n" if name == "plain.csv" else "user,item,stars\nu1,i1,-3\n")
+    assert leaderboard.datasets_in(tmp_path) == {
+        "ml-1m": ("ml-1m.parquet",), "b": ("b.base.tsv", "b.test.tsv"), "plain": ("plain.csv",), "a.b": ("a.b.csv",),
+        "lone.train": ("lone.train.csv",),
+    }  # fmt: skip
+    for name, rating in (("plain.csv", 4.5), ("a.b.csv", -3.0)):
+        frame = leaderboard.read_ratings(tmp_path / name)
+        assert frame.to_dict("records") == [{"user_id": "u1", "item_id": "i1", "rating": rating}]
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_shapes_are_what_they_say(name):
+    shape = shapes.SHAPES[name]
+    frame = shapes.made(shape, 0)
+    assert frame.equals(shapes.made(shape, 0)) and not frame.duplicated(["user_id", "item_id"]).any()
+    rows = {0: shape.users * shape.items, -1: shape.users}.get(shape.rows, shape.rows)
+    assert len(frame) == rows and shape.scale[0] <= frame.rating.min() < frame.rating.max() <= shape.scale[1]
+    steps = (frame.rating - shape.scale[0]) / (shape.step or 1)
+    assert (steps == steps.round()).all() == bool(shape.step)
 
 
 def test_the_last_fifth_after_pandas_shuffle():

@@ -21,9 +21,13 @@ from mfdist.cluster.world import World
 from mfdist.data.dataset import Dataset
 from mfdist.data.loader import Loader
 from mfdist.errors import MfdistError, UsageError
+from mfdist.log import Console
 from mfdist.model.tables import ReplicatedTable, ShardedTable, item_layout, user_layout
 from mfdist.planning import calibration, plan
 from mfdist.planning.calibration import Trial
+from mfdist.training import memory
+from mfdist.training.config import TrainConfig
+from mfdist.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,25 @@ def test_table_bytes_are_those_of_the_fullest_rank(dataset: Dataset, ranks: int,
         layouts = user_layout(manifest, ranks), item_layout(manifest, ranks)
         fullest = max(fullest, sum(tensor_bytes(ShardedTable(x, width, rule, world, at_home=True)) for x in layouts))
     assert plan.plan_for(config, dataset, ranks).table_bytes == fullest
+
+
+def test_tables_that_do_not_fit_are_named_with_a_remedy(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is written, by train and by plan; what fits is not spoken of."""
+    room = [10**6]
+    monkeypatch.setattr(memory, "available_bytes", lambda: room[0])
+    assert plan.plan_for(config_of(dataset, emb_dim=4), dataset, 1).too_large == ""
+    room[0] = 10**4
+    config = TrainConfig(data=dataset.path, run_dir=str(tmp_path / "run"), device="cpu")
+    with pytest.raises(UsageError, match=r"the tables of its one rank .* --config quick takes .* --emb-dim"):
+        train(config, World.alone(), Console(False))
+    assert not (tmp_path / "run").exists()
+    found = plan.plan_for(config_of(dataset, emb_dim=128, ranks_per_host=2), dataset, 2)
+    assert "the 2 ranks of a host (2 in all)" in found.too_large
+    assert plan.format_plans([found], config_of(dataset)).endswith(found.too_large)
+    room[0] = 1 << 40
+    assert plan.plan_for(config_of(dataset, emb_dim=128), dataset, 2).too_large == ""
 
 
 def test_replicated_tables_are_whole_with_a_gradient(dataset: Dataset) -> None:

@@ -120,7 +120,7 @@ def test_the_model_card_gets_the_figures(tmp_path, dataset):
 
 def test_the_settings_of_the_model_card_are_those_of_the_run(tmp_path, dataset):
     """As a file for --config they give the configuration again; nothing of them is a path."""
-    config = TrainConfig(data="here", run_dir="there", l2=(0.01, 0.0), batch_size=77, keep_every=5)
+    config = TrainConfig(data="here", run_dir="there", l2=(0.01, 0.0), implicit=0.2, batch_size=77, keep_every=5)
     export(tmp_path / "run", dataset)
     reporting.write_report(str(tmp_path / "run"), a_report(dataset, config=to_dict(config)))
     card = (tmp_path / "run" / "model" / "README.md").read_text()

@@ -101,7 +101,7 @@ def store_columns(
 def bag_weight(rows: tl.tensor, live: tl.tensor, penalties: tl.tensor) -> Any:
     """(R,) each: one over the training ratings of users ``rows``, and the weight of a rated item in their bags."""
     share = tl.load(penalties[0] + rows, mask=live, other=0.0)
-    return share, penalties[6] * tl.sqrt(share)
+    return share, penalties[7] * tl.sqrt(share)
 
 
 @triton.jit

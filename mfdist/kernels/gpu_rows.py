@@ -282,18 +282,17 @@ def penalty(
 ) -> Any:  # fmt: skip
     """Gradient of the penalty of ``ratings`` (R,) ratings of ``rows``: zeros without one.
 
-    ``penalties``: shares (rows,) float32, one over the training ratings of each row; the weights of factors and of
-    biases at each rating, each as (always, times the share), and of members' scales (always as of biases); then what
-    ``gpu_members.bag_weight`` takes.
+    ``penalties``: shares (rows,) float32, one over the training ratings of each row; the weights of factors, of biases
+    and of members' scales at each rating, each as (always, times the share); then what ``bag_weight`` takes.
     """
     if SHAPE[6]:
-        shares, factors, factors_once, biases, biases_once, scales_once, _implicit = penalties
+        shares, factors, factors_once, biases, biases_once, scales, scales_once, _implicit = penalties
         share = tl.load(shares + rows, mask=live, other=0.0)
         times = scale * ratings.to(tl.float32)
         if SHAPE[7]:
             factor = of_factors(SHAPE)
             bias = of_own_bias(SHAPE)
-            always = factor * factors + (1 - factor) * biases
+            always = factor * factors + bias * biases + (1 - factor - bias) * scales
             once = factor * factors_once + bias * biases_once + (1 - factor - bias) * scales_once
             g = times[:, None] * (always[None, :] + share[:, None] * once[None, :]) * w
         else:

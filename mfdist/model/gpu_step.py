@@ -266,8 +266,9 @@ class GpuStep(nn.Module):
 
     def _penalties_of(self, side: int, shares: Floats32) -> tuple[Any, ...]:
         """The kernels' ``penalties`` of users or of items."""
-        (factors, biases), rows = self._objective.l2, self._objective.row_l2 or (0.0,) * 6
-        weights = factors, rows[side], biases, rows[2 + side], rows[4 + side], self.model.form.implicit
+        always, once = self._objective.l2, self._objective.row_l2 or (0.0,) * 6
+        pairs = (part for kind in (0, 2, 4) for part in (always[kind + side], once[kind + side]))
+        weights = *pairs, self.model.form.implicit
         return (torch.from_numpy(shares).to(self._device), *weights)
 
     def _add_up(self, number: int) -> None:

@@ -7,10 +7,16 @@ short batch moves nothing further than the others. The penalty of a rating falls
     factors: (A + L / n) |w|^2        n: training ratings of the row, so that L is what a whole epoch puts on it
 
 Example: row_l2 6 and l2 0.02 give a user of 3 ratings 2.02 at each of them, and one of 300 ratings 0.04.
+
+A stands for what is not known of the row on the other side: the square of a product is (p^2 + var p) q^2 on average, so
+that each rating puts the variance of the user's factor p, as far as its own ratings leave it open, on the item's q. A
+row of few ratings on one side makes that large for a row of many on the other, which has no other penalty to speak of:
+with 12 items and thousands of users of 3 ratings, factors fitted without it are noise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,11 +30,11 @@ USER, ITEM = 0, 1
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """``l2``: (factors, biases) per rating. ``row_l2``: factors of users, of items, biases of users, of items, scales
-    of users, of items, per row and epoch; None where there is none."""
+    """``l2``, per rating, and ``row_l2``, per row and epoch (None where there is none): each of the factors of users,
+    of items, biases of users, of items, scales of users, of items."""
 
     reduction: str = "mean"
-    l2: tuple[float, float] = (0.0, 0.0)
+    l2: tuple[float, ...] = (0.0,) * 6
     row_l2: tuple[float, ...] | None = None
 
     def weight(self, global_rows: int) -> float:
@@ -41,17 +47,24 @@ class Objective:
 
     def penalties(self, side: int, dim: int, width: int, members: int) -> Floats32:
         """float32 (2, width): A and L of each column of a user's or an item's row (``side``)."""
-        factors, biases = self.l2
-        rows = self.row_l2 or (0.0,) * 6
+        of = np.array([self.l2, self.row_l2 or (0.0,) * 6], np.float32)
         penalties = np.empty((2, width), np.float32)
-        penalties[0], penalties[1] = factors, rows[side]
+        penalties[:] = of[:, side, None]
         if members:
             part = dim // members
-            for column, row in ((BIAS_COLUMN[side], rows[2 + side]), (BIAS_COLUMN[1 - side], rows[4 + side])):
-                penalties[0, column::part], penalties[1, column::part] = biases, row
+            penalties[:, BIAS_COLUMN[side] :: part] = of[:, 2 + side, None]
+            penalties[:, BIAS_COLUMN[1 - side] :: part] = of[:, 4 + side, None]
         else:
-            penalties[0, dim:], penalties[1, dim:] = biases, rows[2 + side]
+            penalties[:, dim:] = of[:, 2 + side, None]
         return penalties
+
+
+def six_of(l2: Sequence[float]) -> tuple[float, ...]:
+    """``Objective.l2`` of (factors, biases): both sides alike, scales like biases; six numbers as they are."""
+    if len(l2) == 6:
+        return tuple(l2)
+    factors, biases = l2
+    return (factors, factors, biases, biases, biases, biases)
 
 
 def shares_of(counts: npt.NDArray[np.int64]) -> Floats32:

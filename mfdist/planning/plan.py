@@ -27,16 +27,15 @@ from mfdist.data.dataset import Dataset, Manifest
 from mfdist.data.loader import available_bytes, ranks_here
 from mfdist.data.scan import id_dtype
 from mfdist.errors import UsageError
-from mfdist.kernels import stride_of
 from mfdist.log import Console
 from mfdist.model.objective import ITEM, USER
-from mfdist.model.tables import item_layout, user_layout
 from mfdist.planning import calibration
 from mfdist.planning.calibration import Measured, Trial
 from mfdist.prepare.lanes import row_group_rows
 from mfdist.results.report import current_rss
 from mfdist.training.config import TrainConfig
 from mfdist.training.data_facts import fitted
+from mfdist.training.memory import bytes_of_row, table_bytes, too_large
 
 BIT_BYTES = 1 / 8  # of a request: whether its row comes early
 MESSAGES = 2
@@ -135,6 +134,7 @@ class Plan:
     wire_bytes: float  # that a rank sends in a step
     checkpoint_bytes: int
     export_bytes: int
+    too_large: str = ""  # why the tables of a host's ranks would not fit on this one, and what to do
     times: Times | None = None
 
     @property
@@ -195,6 +195,7 @@ def plan_for(config: PlanConfig, dataset: Dataset, ranks: int, base_bytes: int =
             for side, rows in ((USER, manifest.num_users), (ITEM, manifest.num_items))
         ),
         export_bytes=all_rows * form.width * 4,
+        too_large=too_large(config, manifest, ranks, ranks_per_host(config, ranks)),
     )  # fmt: skip
 
 
@@ -211,23 +212,6 @@ def rows_of_ranks(manifest: Manifest, ranks: int, split: str = "train") -> list[
     """Rows of each rank's lanes, of the split train or val."""
     rows = [lane.train_rows if split == "train" else lane.val_rows for lane in manifest.lanes]
     return [sum(rows[k] for k in lanes_of_rank(len(rows), rank, ranks)) for rank in range(ranks)]
-
-
-def table_bytes(config: TrainConfig, manifest: Manifest, ranks: int) -> int:
-    """Bytes of both tables on the rank that holds most."""
-    form = config.form(manifest)
-    user, item = (bytes_of_row(config, form.stored_width(side)) for side in (USER, ITEM))
-    if config.sharding == "replicated":
-        return manifest.num_users * user + manifest.num_items * item
-    layouts = user_layout(manifest, ranks), item_layout(manifest, ranks)
-    held = [[sum(end - first for first, end in layout.ranges_of(rank)) for layout in layouts] for rank in range(ranks)]
-    return max(users * user + items * item for users, items in held)
-
-
-def bytes_of_row(config: TrainConfig, width: int) -> int:
-    """Weights, optimizer state and the number of the last step of one row; a gradient too where tables are whole."""
-    state = sum(config.row_optimizer(1).state_widths(width))
-    return 4 * (2 * width + state + 1) if config.sharding == "replicated" else 4 * stride_of(width, state)
 
 
 def stored_bytes_of_row(config: TrainConfig, width: int) -> int:
@@ -347,7 +331,7 @@ def checkpoints(config: PlanConfig, steps: int, seconds: float) -> int:
 
 
 def format_plans(plans: Sequence[Plan], config: PlanConfig) -> str:
-    """The plans as a table, a column for each number of ranks, and what was measured."""
+    """The plans as a table, a column for each number of ranks, what was measured, and what would not fit here."""
     times = [plan.times for plan in plans]
     lines: list[tuple[str, list[str]]] = [
         ("ranks", [f"{p.ranks}" for p in plans]),
@@ -372,7 +356,7 @@ def format_plans(plans: Sequence[Plan], config: PlanConfig) -> str:
     ]
     left = max(len(name) for name, _ in lines)
     table = [name.ljust(left) + "".join(value.rjust(12) for value in values) for name, values in lines]
-    return "\n".join(table + [_said(t.measured) for t in times if t])
+    return "\n".join(table + [_said(t.measured) for t in times if t] + [p.too_large for p in plans if p.too_large])
 
 
 def _said(found: Measured) -> str:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mfdist.model.objective import six_of
 from mfdist.results.export import ExportedModel
 
 SAMPLED_USERS = 100_000
@@ -119,13 +120,13 @@ class FoldIn:
         """n A + L of each column."""
         if self._penalty is None:
             return self._pull
-        factors, biases = self._penalty["l2"]
+        always = six_of(self._penalty["l2"])  # exports of earlier versions hold two
         rows = self._penalty["row_l2"] or (0.0,) * 6
-        pulls = np.full(self._width, count * factors + rows[0])
+        pulls = np.full(self._width, count * always[0] + rows[0])
         if self._members:
-            pulls[1], pulls[0] = count * biases + rows[2], count * biases + rows[4]
+            pulls[1], pulls[0] = count * always[2] + rows[2], count * always[4] + rows[4]
         elif self._model.has_biases:
-            pulls[-1] = count * biases + rows[2]
+            pulls[-1] = count * always[2] + rows[2]
         return pulls
 
     def _through_sigmoid(self, features: Floats, fixed: Floats, ratings: Floats, pull: Floats) -> Floats:

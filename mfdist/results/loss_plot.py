@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from mfdist.results.run_page import FLOORS
+from mfdist.results.run_page import FLOORS, validation_curve
 
 TRAIN_COLOUR, VAL_COLOUR = "#6b7587", "#1f5fbf"
 FLOOR_STYLES = (("#b3362b", "--"), ("#96700a", ":"), ("#b4531f", "-."))
@@ -20,8 +20,8 @@ def loss_plot(report: Mapping[str, Any]) -> bytes:
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    curves = {key: [(epoch["epoch"], epoch[key]) for epoch in report["epochs"] if epoch[key] is not None]
-              for key in ("train_rmse", "val_rmse")}  # fmt: skip
+    trained = [(e["epoch"], e["train_rmse"]) for e in report["epochs"] if e["train_rmse"] is not None]
+    curves = {"train_rmse": trained, "val_rmse": validation_curve(report)}
     if max(map(len, curves.values())) >= 2:
         _draw_curves(axes, curves, report["floors"])
     else:
@@ -37,7 +37,7 @@ def _draw_curves(axes: Any, curves: Mapping[str, list[tuple[int, float]]], floor
     from matplotlib.ticker import MaxNLocator
 
     for key, colour, label in (("train_rmse", TRAIN_COLOUR, "training (running)"),
-                               ("val_rmse", VAL_COLOUR, "validation")):  # fmt: skip
+                               ("val_rmse", VAL_COLOUR, "validation, clipped")):  # fmt: skip
         if curves[key]:
             axes.plot(*zip(*curves[key], strict=True), "o-", markersize=4, color=colour, label=label, linewidth=2)
     for (name, floor), (colour, style) in zip(floors.items(), FLOOR_STYLES, strict=False):

@@ -42,9 +42,10 @@ def run_page(report: Record, validation: Record | None = None, records: Sequence
 def error_by_epoch(report: Record) -> Figure:
     """Training and validation RMSE of each epoch with the floors; nothing where there is no curve (Surprise's SVD)."""
     series = [
-        Series(label, [(epoch["epoch"], epoch[key]) for epoch in report["epochs"] if epoch[key] is not None], tone)
-        for key, label, tone in (("train_rmse", "training (running)", "b"), ("val_rmse", "validation", "a"))
-    ]
+        Series("training (running)", [(e["epoch"], e["train_rmse"]) for e in report["epochs"]
+                                      if e["train_rmse"] is not None], "b"),
+        Series("validation, clipped", validation_curve(report), "a"),
+    ]  # fmt: skip
     if max(len(one.points) for one in series) < 2:
         return "Error by epoch", Markup(""), ""
     levels = [Level(floor["rmse"], FLOORS.get(name, name), *style)
@@ -54,6 +55,12 @@ def error_by_epoch(report: Record) -> Figure:
     events = [Event(best["epoch"], f"epoch {best['epoch']}, lowest on validation", "d")]
     chart = line_chart(series, "epoch", "RMSE", levels=levels, events=events, whole_x=True)
     return "Error by epoch", chart, "Training error is the running one: each rating before its own update."
+
+
+def validation_curve(report: Record) -> list[tuple[int, float]]:
+    """(epoch, RMSE of predictions clipped to the scale), as the floors are; raw where an earlier version wrote them."""
+    found = [(epoch["epoch"], epoch.get("val_rmse_clipped", epoch["val_rmse"])) for epoch in report["epochs"]]
+    return [(epoch, rmse) for epoch, rmse in found if rmse is not None]
 
 
 # Over time ----------------------------------------------------------------------------------------
@@ -166,8 +173,7 @@ def _cards(report: Record, validation: Record | None) -> list[tuple[Any, str]]:
     within = f", 95% interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
     cards = [(final["val_rmse_clipped"], f"validation RMSE, clipped to the scale{within}"),
              (final.get("val_mae_clipped"), "validation MAE, clipped to the scale"),
-             (final["val_rmse_rounded"], "RMSE, rounded to the scale"),
-             (final["val_rmse"], "RMSE as predicted")]  # fmt: skip
+             (final["val_rmse_rounded"], "RMSE, rounded to the scale")]  # fmt: skip
     floor = floors.get("bias", {}).get("rmse")
     if floor and final["val_rmse_clipped"] is not None:
         change = final["val_rmse_clipped"] / floor - 1
@@ -192,7 +198,8 @@ def _ranking(report: Record) -> dict[str, Any]:
 
 def _epochs(report: Record, records: Sequence[Record]) -> list[tuple[Any, ...]]:
     validated = {r["epoch"]: r.get("validation_seconds") for r in records if r["kind"] == "epoch"}
-    return [(e["epoch"], e["train_rmse"], e["val_rmse"], e["val_mae"], e["seconds"], validated.get(e["epoch"]),
+    return [(e["epoch"], e["train_rmse"], e.get("val_rmse_clipped", e["val_rmse"]),
+             e.get("val_mae_clipped", e["val_mae"]), e["seconds"], validated.get(e["epoch"]),
              e["ratings_per_second"] / 1e6) for e in report["epochs"]]  # fmt: skip
 
 

@@ -15,6 +15,9 @@ from mfdist.model.cpu_step import FusedStep
 from mfdist.results.report import current_rss
 from mfdist.training.session import Session
 
+SHORT_BATCH = 1 / 16
+"""A last batch with less than this of the others' ratings is warned of where the loss is a mean under sgd."""
+
 
 def announce(session: Session) -> None:
     """What will happen; collective. A resume point was said when it was taken."""
@@ -35,6 +38,12 @@ def announce(session: Session) -> None:
         f"run:     {storage.redact(session.run)}, a checkpoint every {_cadence(config.checkpoint_every)}; Ctrl-C or "
         "SIGTERM stops with one, and the same command goes on"
     )
+    last = session.loader.num_rows % config.batch_size
+    if config.optimizer == "sgd" and config.reduction == "mean" and 0 < last < config.batch_size * SHORT_BATCH:
+        session.console.warn(
+            f"the last batch of an epoch has {last:,} ratings, and --reduction mean gives each of them the weight of "
+            f"{config.batch_size // last:,} elsewhere: leave --batch-size out, or give another one."
+        )
     if isinstance(session.fused, FusedStep) and session.fused.warning:
         session.console.warn(session.fused.warning)
 

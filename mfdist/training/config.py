@@ -11,10 +11,10 @@ from mfdist.config import Follows, flag, parse_pair, parse_range, read_toml
 from mfdist.data.dataset import Manifest
 from mfdist.errors import UsageError
 from mfdist.model.models import Form, sigmoid_range
-from mfdist.model.objective import Objective
+from mfdist.model.objective import Objective, six_of
 from mfdist.model.optimizers import OPTIMIZERS, SCHEDULES, RowOptimizer
 from mfdist.model.units import Units
-from mfdist.training.defaults import RECIPE, settled
+from mfdist.training.defaults import BATCH_SIZE, IMPLICIT, PLAIN_L2, RECIPE, settled
 from mfdist.training.trackers import REMOTE, check_track
 
 
@@ -24,6 +24,14 @@ def parse_row_l2(text: str) -> tuple[float, ...]:
     if len(parts) not in (2, 4, 6) or min(parts) < 0:
         raise ValueError("expected two, four or six numbers of at least 0 with commas between them")
     return (*parts, *[0.0] * (6 - len(parts)))
+
+
+def parse_l2(text: str) -> tuple[float, ...]:
+    """'0.02,0' as factors and biases of both sides, or six numbers as --row-l2 has them."""
+    parts = [float(part) for part in text.split(",")]
+    if len(parts) not in (2, 6) or min(parts) < 0:
+        raise ValueError("expected two or six numbers of at least 0 with commas between them")
+    return six_of(parts)
 
 
 def parse_cadence(text: str) -> str:
@@ -85,10 +93,13 @@ class TrainConfig:
         group="optimization",
         metavar="DECAY",
     )
-    l2: tuple[float, float] = flag(
-        tuple(RECIPE["l2"]),
-        "FACTORS,BIASES: penalty in the loss, per rating, on its own rows",
-        parse=parse_pair,
+    l2: tuple[float, ...] = flag(
+        Follows(
+            "what rows of the other side leave open, by their numbers of ratings; "
+            f"{PLAIN_L2[0]:g},{PLAIN_L2[1]:g} without biases"
+        ),
+        "FACTORS,BIASES: penalty in the loss, per rating, on its own rows; or six numbers as --row-l2 has them",
+        parse=parse_l2,
         group="optimization",
         metavar="FACTORS,BIASES",
     )
@@ -135,7 +146,7 @@ class TrainConfig:
         metavar="STD",
     )
     implicit: float = flag(
-        Follows(f"{RECIPE['implicit']}, 0 without sgd or biases"),
+        Follows(f"{IMPLICIT}, less where users rate much of all items; 0 without sgd or biases"),
         "weight of what a user rated, whatever the rating: "
         "factors plus this / sqrt(n) times the sum of those of the user's n items; 0: none",
         at_least=0,
@@ -151,7 +162,7 @@ class TrainConfig:
     )
     eps: float = flag(1e-8, "added to the root of the second moment", at_least=1e-15, group="optimization")
     batch_size: int = flag(
-        Follows(f"{RECIPE['batch_size']}, less where a user or an item has many of all ratings"),
+        Follows(f"{BATCH_SIZE}, less where a user or an item has many of all ratings"),
         "ratings of a step, over all ranks",
         at_least=1,
         group="optimization",
@@ -262,6 +273,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, value in settled({field.name: getattr(self, field.name) for field in fields(self)}).items():
             object.__setattr__(self, name, value)
+        if self.l2:
+            object.__setattr__(self, "l2", six_of(self.l2))
         check_track(self.track)
         plain = self.model == "mf"
         for name in ("no_sigmoid", "no_bias", "no_init"):
@@ -283,12 +296,12 @@ class TrainConfig:
             raise UsageError(
                 f"--members {self.members} needs an --emb-dim that it divides into groups of three or more factors."
             )
-        if self.implicit and (self.optimizer != "sgd" or self.weight_decay):
+        if self.implicit > 0 and (self.optimizer != "sgd" or self.weight_decay):
             raise UsageError("--implicit needs --optimizer sgd and --weight-decay 0.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"--betas {self.betas[0]:g},{self.betas[1]:g}: both must be at least 0 and below 1.")
-        if min(self.l2) < 0:
-            raise UsageError("--l2: both numbers must be at least 0.")
+        if self.l2 and min(self.l2) < 0:
+            raise UsageError("--l2: all numbers must be at least 0.")
 
     def form(self, manifest: Manifest) -> Form:
         """What predictions are computed from, on this dataset."""

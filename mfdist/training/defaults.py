@@ -9,7 +9,7 @@ bags need sgd. Where a flag takes one of these away, what rested on it gives way
     --emb-dim N             members of about sixteen factors: the most that divide N
     another --optimizer     no bags, the mean for the loss of a step, a rate of its own
     --weight-decay          no bags
-    --reduction mean        with sgd: the rate of a whole batch
+    --reduction mean        with sgd: the rate of a whole batch, and batches of nearly the same size, the last one too
     --no-init               normal(0, 1) as it says
 
 The rule is a function of what is given alone, so that a flag means the same beside any file.
@@ -30,11 +30,18 @@ RATE_OF_MEAN = 0.2
 """--lr of sgd where the loss of a step is the mean: small enough for a last batch of some tens of ratings."""
 NO_ROW_L2 = (0.0,) * 6
 """--row-l2 of a model that has no offset: towards 0 is far from any rating there."""
-BATCH_SIZE = int(RECIPE["batch_size"])
+BATCH_SIZE = 1024
+"""--batch-size, less where a user or an item has many of all ratings (``data_facts``)."""
+IMPLICIT = 0.25
+"""--implicit, less where users rate a large part of all items (``data_facts``)."""
+OF_THE_DATA = -1.0
+"""--implicit where the data decides; --batch-size is 0 and --l2 empty there."""
+PLAIN_L2 = (0.027, 0.0)
+"""--l2 of a model without biases."""
 
 
 def settled(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` of all flags, those that are a ``Follows`` replaced; --batch-size stays 0 where the data decides."""
+    """``values`` of all flags, those that are a ``Follows`` replaced; what the data decides stays open."""
     given = {name: value for name, value in values.items() if not isinstance(value, Follows)}
     found: dict[str, Any] = {}
 
@@ -50,11 +57,12 @@ def settled(values: Mapping[str, Any]) -> dict[str, Any]:
     of("members", members_of(dim) if bias and not sigmoid else 0)
     of("cold", "known-side" if bias else "own")
     mean = of("reduction", "sum" if kind == "sgd" else "mean") == "mean"
-    of("batch_size", BATCH_SIZE if mean else 0)
+    of("batch_size", 0 if kind == "sgd" else BATCH_SIZE)
     of("lr", RATES.get(kind) or (RATE_OF_MEAN if mean else RECIPE["lr"]))
     of("init_std", 0.0 if of("no_init", False) else RECIPE["init_std"])
     decay = of("weight_decay", RECIPE["weight_decay"])
-    of("implicit", RECIPE["implicit"] if bias and kind == "sgd" and not decay else 0.0)
+    of("implicit", OF_THE_DATA if bias and kind == "sgd" and not decay else 0.0)
+    of("l2", () if bias else PLAIN_L2)
     of("row_l2", tuple(RECIPE["row_l2"]) if bias else NO_ROW_L2)
     return {**given, **found}
 

@@ -34,6 +34,7 @@ from mfdist.training.announcement import announce, epoch_line
 from mfdist.training.config import TrainConfig, check_changes
 from mfdist.training.data_facts import fitted
 from mfdist.training.finish import finish
+from mfdist.training.memory import check_memory
 from mfdist.training.meter import Meter
 from mfdist.training.session import (
     Session,
@@ -63,6 +64,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
         raise DataError(f"{storage.redact(dataset.path)} has no training ratings.")
     with console.busy("counting the ratings of users and items"):
         config, dataset = fitted(config, dataset, world)
+    check_memory(config, dataset.manifest, world)
     assert config.run_dir is not None
     with contextlib.ExitStack() as held:
         with console.busy("opening the run directory"):
@@ -352,11 +354,12 @@ def _finish_epoch(session: Session, epoch: int, due: bool) -> None:
         "train_rmse": (progress.squared_error / max(1, progress.rows)) ** 0.5,
         "val_rmse": clipped["val_rmse"],
         "val_mae": clipped["val_mae"],
+        "val_rmse_clipped": clipped["val_rmse_clipped"],
+        "val_mae_clipped": clipped["val_mae_clipped"],
         "seconds": progress.seconds,
         "ratings_per_second": progress.rows / max(progress.seconds, 1e-9),
     }
     measured = {
-        "val_rmse_clipped": clipped["val_rmse_clipped"], "val_mae_clipped": clipped["val_mae_clipped"],
         "stop_rmse": progress.stop_rmse[-1] if progress.stop_rmse else None,
         "validation_seconds": time.monotonic() - began - (compilation.seconds() - compiled),
     }  # fmt: skip
