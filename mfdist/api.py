@@ -219,7 +219,7 @@ class FoldedUser:
             score[known] += exported.item_bias[rows[known]]
         rating = exported.rating_of_score(score)
         if not exported.has_biases:
-            rating[~known] = exported.config["global_mean"]
+            rating[~known] = exported.of_unknown
         return rating
 
     def recommend(self, k: int = 10, *, exclude_rated: bool = True) -> pa.Table:

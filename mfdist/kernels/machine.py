@@ -30,6 +30,8 @@ SOURCES = tuple(
 )
 kernel = _compiled(nogil=True)
 """Without Python's lock."""
+summing = _compiled(nogil=True, fastmath={"reassoc", "contract", "nsz"})
+"""The same, with sums in the order that is fastest to the compiler: always the same one, but not the one written."""
 short_kernel = _compiled(fastmath=True)
 """For what is shorter than it may take to get the lock back; the order of sums is the compiler's choice."""
 inlined: Any = njit(nogil=True, error_model="numpy", inline="always")

@@ -252,7 +252,7 @@ class ShardedTable(Table):
         self._home = at_home or world.size == 1
         self.wire_dtype = wire_dtype
         self.wire_bytes = 0  # sent to other ranks so far
-        self._asked: _Exchange | None = None
+        self._asked: Exchange | None = None
         self._fetched: torch.Tensor | None = None
         ends = [max((end for _, end in layout.ranges_of(r)), default=0) for r in range(world.size)]
         self.ends = torch.from_numpy(np.maximum.accumulate(ends)).to(world.device)  # of each rank's rows
@@ -307,10 +307,10 @@ class ShardedTable(Table):
         self.rows.put(index, rows)
         return rows.weight
 
-    def exchange(self, unique: torch.Tensor) -> _Exchange:
+    def exchange(self, unique: torch.Tensor) -> Exchange:
         """Ask the owners of distinct ascending global rows (rows,) for them; collective unless at home."""
         if self._home:
-            return _Exchange.at_home(self, self.local(unique))
+            return Exchange.at_home(self, self.local(unique))
         owner = torch.searchsorted(self.ends, unique.long(), right=True)
         sent = torch.bincount(owner, minlength=self.world.size)
         received = torch.empty_like(sent)
@@ -320,7 +320,7 @@ class ShardedTable(Table):
         self.world.all_to_all(asked, unique.int(), received.tolist(), sent.tolist())
         local = self.local(asked)
         mine, place = torch.unique(local, return_inverse=True)
-        return _Exchange(self, mine, place, sent.tolist(), received.tolist())
+        return Exchange(self, mine, place, sent.tolist(), received.tolist())
 
     def count_wire(self, tensor: torch.Tensor, rows: Sequence[int]) -> None:
         """Count the bytes of ``tensor`` that leave this rank."""
@@ -328,7 +328,7 @@ class ShardedTable(Table):
         self.wire_bytes += away * tensor[0:1].numel() * tensor.element_size()
 
 
-class _Exchange:
+class Exchange:
     """Who asked whom for which rows in one step.
 
     ``mine``: distinct local rows that anybody asked this rank for; ``place``: for each request, in rank order, its
@@ -342,8 +342,8 @@ class _Exchange:
         self.home = False
 
     @staticmethod
-    def at_home(table: ShardedTable, mine: torch.Tensor) -> _Exchange:
-        exchange = _Exchange(table, mine, mine, [], [])
+    def at_home(table: ShardedTable, mine: torch.Tensor) -> Exchange:
+        exchange = Exchange(table, mine, mine, [], [])
         exchange.home = True
         return exchange
 

@@ -28,6 +28,7 @@ from mfdist.data.loader import available_bytes, ranks_here
 from mfdist.data.scan import id_dtype
 from mfdist.errors import UsageError
 from mfdist.log import Console
+from mfdist.model.alternating import STEPS
 from mfdist.model.objective import ITEM, USER
 from mfdist.planning import calibration
 from mfdist.planning.calibration import Measured, Trial
@@ -154,7 +155,7 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
     if max(config.ranks) > lanes:
         raise UsageError(f"--ranks {max(config.ranks)}: the dataset has {lanes} lanes; ask for at most as many ranks.")
     plans = [plan_for(config, dataset, ranks, base) for ranks in config.ranks]
-    if not config.calibrate_seconds or not dataset.manifest.num_ratings["train"]:
+    if not config.calibrate_seconds or config.is_ranking or not dataset.manifest.num_ratings["train"]:
         return plans
     found = measured(config, dataset.manifest, console)
     return [
@@ -179,6 +180,8 @@ def plan_for(config: PlanConfig, dataset: Dataset, ranks: int, base_bytes: int =
         wide = 2 if config.wire_dtype == "bf16" else 4
         request = request_bytes(manifest.num_items / max(unique, 1))
         wire = unique * (ranks - 1) / ranks * (request + 2 * form.width * wide)
+        if config.is_ranking:  # rows for the users' half, then rows and sums for each step of the items'
+            wire = unique * (ranks - 1) / ranks * form.width * 4 * (1 + 2 * (1 + STEPS))
     elif ranks > 1:
         # a ring all-reduce sends every gradient twice, but for a rank's own piece
         wire = (manifest.num_users + manifest.num_items) * form.width * 4 * 2 * (ranks - 1) / ranks
@@ -188,7 +191,8 @@ def plan_for(config: PlanConfig, dataset: Dataset, ranks: int, base_bytes: int =
         efficiency=(rows / ranks / largest) if largest else 1.0, steps_per_epoch=steps,
         table_bytes=table_bytes(config, manifest, ranks),
         loader_bytes=loader_bytes(manifest, int(largest), max(lanes), ranks),
-        step_bytes=int(batch * 2 * form.width * 4 * 8),
+        step_bytes=_solving_bytes(manifest, form.width, batch) if config.is_ranking else (
+            int(batch * 2 * form.width * 4 * 8)),
         end_bytes=min(FLOOR_BYTES, int(largest) * rating_bytes(manifest)), base_bytes=base_bytes, wire_bytes=wire,
         checkpoint_bytes=sum(
             rows * stored_bytes_of_row(config, form.stored_width(side))
@@ -197,6 +201,11 @@ def plan_for(config: PlanConfig, dataset: Dataset, ranks: int, base_bytes: int =
         export_bytes=all_rows * form.width * 4,
         too_large=too_large(config, manifest, ranks, ranks_per_host(config, ranks)),
     )  # fmt: skip
+
+
+def _solving_bytes(manifest: Manifest, width: int, ratings: float) -> int:
+    """Of a step that takes all of a rank's ``ratings``: them, their rows here and by side; items' rows five times."""
+    return int(ratings * (rating_bytes(manifest) + 5 * 4) + 5 * manifest.num_items * width * 4)
 
 
 def ranks_per_host(config: PlanConfig, ranks: int) -> int:
@@ -356,7 +365,10 @@ def format_plans(plans: Sequence[Plan], config: PlanConfig) -> str:
     ]
     left = max(len(name) for name, _ in lines)
     table = [name.ljust(left) + "".join(value.rjust(12) for value in values) for name, values in lines]
-    return "\n".join(table + [_said(t.measured) for t in times if t] + [p.too_large for p in plans if p.too_large])
+    said = ["no times: those of --objective ranking are not measured"] if config.is_ranking else []
+    return "\n".join(
+        table + said + [_said(t.measured) for t in times if t] + [p.too_large for p in plans if p.too_large]
+    )
 
 
 def _said(found: Measured) -> str:

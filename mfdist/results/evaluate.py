@@ -72,22 +72,19 @@ def evaluate_runs(config: EvaluateConfig, world: World) -> dict[str, Any]:
     sample = min(sample_of_run(run) for run in config.all_runs)
     if sample < 1 and not all(model.same_rows for model in models):
         raise UsageError("A run on a sample of the users can be compared only with runs of the same prepared dataset.")
+    if any(model.model.is_ranking for model in models):
+        return _by_ranking(models, dataset, config, world, sample)
     sums = _scan_split(models, dataset, config, world, sample)
     table = [
         {"run": storage.redact(model.run), "model": model.model.config["model"], **own.figures()}
         for model, own in zip(models, sums, strict=True)
     ]
     if config.ranking:
-        chosen = ranking.ranked_users(dataset, world, config.ranking, seed=config.seed, sample=sample)
-        for model, entry in zip(models, table, strict=True):
-            with console.busy(f"ranking of {storage.redact(model.run)}"):
-                entry["ranking"] = ranking.rank_metrics(model.top, chosen, dataset, world)
-    manifest = dataset.manifest
+        _add_rankings(table, models, dataset, config, world, sample)
     with console.busy("what simple predictions reach"):
         reached = floors(dataset, world, sample=sample) if config.split == "val" else {}
     return {
-        "dataset": {"name": manifest.name, "fingerprint": manifest.fingerprint,
-                    "split_fingerprint": manifest.split.get("fingerprint")},
+        "dataset": _about(dataset),
         "split": config.split,
         "sample_users": sample,
         "rows": table[0]["slices"]["all"]["rows"],
@@ -95,6 +92,38 @@ def evaluate_runs(config: EvaluateConfig, world: World) -> dict[str, Any]:
         "runs": table,
         "comparisons": [_comparison(config, table, sums, other) for other in range(1, len(models))],
     }  # fmt: skip
+
+
+def _by_ranking(
+    models: Sequence[_EvaluatedModel], dataset: Dataset, config: EvaluateConfig, world: World, sample: float
+) -> dict[str, Any]:
+    """The result of runs of which some rank and predict no ratings: they are compared by their rankings alone."""
+    named = next(storage.redact(model.run) for model in models if model.model.is_ranking)
+    for flag_name, given in (("--require-better", config.require_better), ("--html", config.html),
+                             ("--ranking 0", not config.ranking)):  # fmt: skip
+        if given:
+            raise UsageError(f"{flag_name} is about errors, and {named} was trained with --objective ranking, "
+                             "whose scores are no ratings: runs are compared by their rankings.")  # fmt: skip
+    table = [{"run": storage.redact(model.run), "model": model.model.config["model"]} for model in models]
+    _add_rankings(table, models, dataset, config, world, sample)
+    return {"dataset": _about(dataset), "split": config.split, "sample_users": sample,
+            "rows": dataset.manifest.num_ratings[config.split], "floors": {}, "runs": table,
+            "comparisons": []}  # fmt: skip
+
+
+def _add_rankings(
+    table: list[dict[str, Any]], models: Sequence[_EvaluatedModel], dataset: Dataset, config: EvaluateConfig,
+    world: World, sample: float,
+) -> None:  # fmt: skip
+    chosen = ranking.ranked_users(dataset, world, config.ranking, seed=config.seed, sample=sample)
+    for model, entry in zip(models, table, strict=True):
+        entry["ranking"] = ranking.rank_metrics(model.top, chosen, dataset, world)
+
+
+def _about(dataset: Dataset) -> dict[str, Any]:
+    manifest = dataset.manifest
+    return {"name": manifest.name, "fingerprint": manifest.fingerprint,
+            "split_fingerprint": manifest.split.get("fingerprint")}  # fmt: skip
 
 
 def check_required(config: EvaluateConfig, result: dict[str, Any]) -> None:
@@ -204,6 +233,9 @@ def format_table(result: dict[str, Any]) -> str:
     split = "validation" if result["split"] == "val" else "training"
     share = result["sample_users"]
     part = "" if share == 1 else f" of a sample of {share:g} of the users"
+    if "slices" not in result["runs"][0]:
+        title = f"{result['dataset']['name']}: {result['rows']:,} {split} rows{part}; not all of these predict ratings"
+        return "\n".join([title, *_ranking_lines(result["runs"])])
     lines = [f"{result['dataset']['name']}: {result['rows']:,} {split} rows{part}; "
              "RMSE and MAE clipped to the scale, as all comparisons are"]  # fmt: skip
     head = ("", "RMSE", "MAE", "raw RMSE", "rounded", "calibration")

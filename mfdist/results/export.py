@@ -8,7 +8,8 @@
     RUN/model/README.md           the model card
 
 One formula reads every model:  score = <p_u, q_i> + user_bias[u] + item_bias[i] + offset  (those that exist), and
-prediction = low + (high - low) sigmoid(score) where ``sigmoid`` is set, the score itself elsewhere.
+prediction = low + (high - low) sigmoid(score) where ``sigmoid`` is set, the score itself elsewhere. With ``objective``
+"ranking" in config.json it is no rating but a score of preference: about 1 for what a user would choose, else 0.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class ExportedModel:
 
     An export on an object store is copied once to a temporary local file. Rows are the dataset's row numbers, and -1
     stands for an id outside the vocabulary: with biases its embedding and bias count as zero (the known side decides),
-    without them the prediction is the training mean.
+    without them the prediction is the training mean, or 0 of a ranking.
     """
 
     def __init__(self, run: str, folder: str, config: dict[str, Any], tensors: dict[str, Array]) -> None:
@@ -180,8 +181,18 @@ class ExportedModel:
         """Whether there is a known side to fall back on for an id outside the vocabulary."""
         return self.item_bias is not None
 
+    @property
+    def is_ranking(self) -> bool:
+        """Whether predictions are scores of preference, not ratings."""
+        return self.config.get("objective") == "ranking"
+
+    @property
+    def of_unknown(self) -> float:
+        """What a model without biases predicts for an id outside the vocabulary."""
+        return 0.0 if self.is_ranking else float(self.config["global_mean"])
+
     def predict(self, user: Array, item: Array) -> Floats:
-        """Predicted ratings, not clipped: float64 (rows,) for row numbers of users and items, -1 unknown."""
+        """Predicted ratings (of a ranking: scores), not clipped: float64 (rows,) of user and item rows, -1 unknown."""
         prediction = np.empty(len(user))
         for first in range(0, len(user), BLOCK_ROWS):
             block = slice(first, first + BLOCK_ROWS)
@@ -246,7 +257,7 @@ class ExportedModel:
             score[known_item] += self.item_bias[item[known_item]]
         prediction = self.rating_of_score(score)
         if not self.has_biases:
-            prediction[~(known_user & known_item)] = self.config["global_mean"]
+            prediction[~(known_user & known_item)] = self.of_unknown
         return prediction
 
 

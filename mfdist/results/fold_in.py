@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from mfdist.model.objective import six_of
 from mfdist.results.export import ExportedModel
+from mfdist.results.fold_in_ranking import ChoiceSolver
 
 SAMPLED_USERS = 100_000
 STEPS, HALVINGS = 20, 8
@@ -49,6 +50,7 @@ class FoldIn:
 
     def __init__(self, model: ExportedModel) -> None:
         config = model.config
+        self._choices = ChoiceSolver(model) if model.is_ranking else None
         self._model, self._members = model, int(config.get("members", 0))
         self._implicit = float(config.get("implicit", 0.0))
         self._penalty = config.get("penalty")
@@ -62,7 +64,7 @@ class FoldIn:
         noise = float(config.get("train_rmse") or 1.0) ** 2
         if self._penalty is None and self._members:  # the export holds the members' mean, no member's own columns
             self._pull = np.full(self._width, noise / self._spread**2)
-        elif self._penalty is None:
+        elif self._penalty is None and self._choices is None:
             self._mean, self._pull = self._prior(noise)
 
     @property
@@ -71,7 +73,12 @@ class FoldIn:
         return int(self._part) + (not self._members and self._model.has_biases)
 
     def solve(self, items: Ints, ratings: Floats) -> Folded:
-        """The user with these ratings (n,) of items' rows (n,), none of them -1; there may be none."""
+        """The user with these ratings (n,) of items' rows (n,), none of them -1; there may be none.
+
+        Of a ranking the ratings do not count, only that there are any (``fold_in_ranking``).
+        """
+        if self._choices is not None:
+            return Folded(self._choices.solve(items), 0.0)
         model, groups = self._model, max(self._members, 1)
         root = np.sqrt(abs(self._scale) / groups)
         rows = np.asarray(model.item_embedding[items], np.float64).reshape(len(items), groups, self._part)

@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from mfdist.results.ranking_metrics import FIGURES, HEADLINE
 from mfdist.results.run_page import FLOORS, validation_curve
 
 TRAIN_COLOUR, VAL_COLOUR = "#6b7587", "#1f5fbf"
@@ -22,7 +23,9 @@ def loss_plot(report: Mapping[str, Any]) -> bytes:
     axes = figure.add_subplot()
     trained = [(e["epoch"], e["train_rmse"]) for e in report["epochs"] if e["train_rmse"] is not None]
     curves = {"train_rmse": trained, "val_rmse": validation_curve(report)}
-    if max(map(len, curves.values())) >= 2:
+    if report["config"].get("objective") == "ranking":
+        _draw_ranking(axes, report)
+    elif max(map(len, curves.values())) >= 2:
         _draw_curves(axes, curves, report["floors"])
     else:
         _draw_bars(axes, report)
@@ -31,6 +34,18 @@ def loss_plot(report: Mapping[str, Any]) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=144)
     return stream.getvalue()
+
+
+def _draw_ranking(axes: Any, report: Mapping[str, Any]) -> None:
+    """NDCG by epoch, and that of the most popular items."""
+    name = FIGURES[HEADLINE]
+    points = [(epoch["epoch"], epoch["val_ndcg"]) for epoch in report["epochs"] if epoch["val_ndcg"] is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), "o-", markersize=4, color=VAL_COLOUR, label="this model", linewidth=2)
+        popular = report["ranking"]["popularity"][HEADLINE]
+        axes.axhline(popular, color=TRAIN_COLOUR, linestyle="--", linewidth=1.2, label="most popular items")
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.set(xlabel="epoch", ylabel=f"{name} on validation")
 
 
 def _draw_curves(axes: Any, curves: Mapping[str, list[tuple[int, float]]], floors: Mapping[str, Any]) -> None:

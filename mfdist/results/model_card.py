@@ -23,8 +23,13 @@ def model_card(
     form = score if not config["sigmoid"] else "{0} + ({1} - {0}) * sigmoid({score})".format(
         *config["sigmoid_range"], score=score)  # fmt: skip
     low, high = config["rating_scale"]
+    ranks = config.get("objective") == "ranking"
+    what = "what users chose to rate" if ranks else f"ratings from {low:g} to {high:g}"
+    outcome = "scores of preference: about 1 for what a user would choose, 0 for all else" if ranks else (
+        "ratings, not clipped to the scale")  # fmt: skip
+    fallback = 0.0 if ranks else config["global_mean"]
     unknown = "its embedding and bias count as zero, so that the known side decides" if config["bias"] else (
-        f"the prediction is the mean of the training ratings, {config['global_mean']:.4f}")  # fmt: skip
+        f"the prediction is {'0' if ranks else f'the mean of the training ratings, {fallback:.4f}'}")  # fmt: skip
     return f"""---
 library_name: mfdist
 license: unknown # a model is bound by the terms of its ratings: write theirs here
@@ -35,7 +40,7 @@ tags:
 
 # {config["model"]}, {config["dim"]} factors, on {data["name"]}
 
-A matrix factorization of ratings from {low:g} to {high:g}: {data["num_users"]:,} users, {data["num_items"]:,} items.
+A matrix factorization of {what}: {data["num_users"]:,} users, {data["num_items"]:,} items.
 
     prediction = {form}
 
@@ -45,7 +50,7 @@ A matrix factorization of ratings from {low:g} to {high:g}: {data["num_users"]:,
 import mfdist
 
 model = mfdist.load("RUN")  # the folder that holds model/
-model.predict(["a user's id"], ["an item's id"])  # ratings, not clipped to the scale
+model.predict(["a user's id"], ["an item's id"])  # {outcome}
 model.recommend(["a user's id"], k=10)
 model.fold_in(["an item's id"], [5.0]).recommend(10)  # somebody whom training did not know
 ```
@@ -103,6 +108,8 @@ def _card_results(report: Mapping[str, Any] | None, validation: Mapping[str, Any
     if report is None:
         return ""
     final, floors = report["final"], report["floors"]
+    if not floors and final["val_rmse"] is None:
+        return f"## Results\n\n{_card_ranking(report['ranking'])}"
     rows = [(f"**this model**, epoch {final['epoch']}", final["val_rmse_clipped"], final.get("val_mae_clipped"))]
     rows += [(f"floor: {name.replace('_', ' ')}", floor["rmse"], floor["mae"]) for name, floor in floors.items()]
     lines = "\n".join(f"| {name} | {_figure(first)} | {_figure(second)} |" for name, first, second in rows)

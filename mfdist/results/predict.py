@@ -85,6 +85,11 @@ def predict(config: PredictConfig, world: World, console: Console | None = None)
     console = console or Console(False)
     with console.busy("opening the model"):
         exported = ExportedModel.open(config.run_dir)
+    if exported.is_ranking:
+        console.info(
+            "this model ranks: predictions are scores of preference, about 1 for what a user would choose and "
+            "0 for all else, and no ratings; errors are not measured"
+        )
     sources = find_sources(config.pairs, say=console.info)
     layouts = [recognise(source, config.columns, pairs=True).without_time() for source in sources]
     for source, layout in zip(sources, layouts, strict=True):
@@ -122,7 +127,7 @@ def predict(config: PredictConfig, world: World, console: Console | None = None)
         parts.join(count)
     if folding is not None:
         folding.remove()
-    errors = ((squares / rows) ** 0.5, absolute / rows) if rated and rows else (None, None)
+    errors = ((squares / rows) ** 0.5, absolute / rows) if rated and rows and not exported.is_ranking else (None, None)
     return Predicted(int(rows), int(rejected), int(unknown_user), int(unknown_item), *errors)
 
 

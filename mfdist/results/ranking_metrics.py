@@ -76,11 +76,17 @@ def basis(ranking: Mapping[str, Any]) -> str:
     return f"{chosen}; relevant: validation ratings from {ranking['threshold']:g}; items of training left out"
 
 
+def figures_in_words(ranking: Mapping[str, Any]) -> str:
+    """The model's own figures in a line."""
+    values = ((name, ranking[key]) for key, name in FIGURES.items())
+    return ", ".join(f"{name} -" if value is None else f"{name} {value:.4f}" for name, value in values)
+
+
 def sentence(ranking: Mapping[str, Any]) -> str:
     """The figures in one line, for a console."""
     if ranking[HEADLINE] is None:
         return "no user has a validation rating that is high enough to rank for"
-    own = ", ".join(f"{name} {ranking[key]:.4f}" for key, name in FIGURES.items())
+    own = figures_in_words(ranking)
     return (
         f"{own}; the most popular items: {FIGURES[HEADLINE]} {ranking['popularity'][HEADLINE]:.4f} ({basis(ranking)})"
     )
@@ -100,5 +106,5 @@ def doubt_about(ranking: Mapping[str, Any]) -> str:
         return ""
     return (
         f"the model's recommendations rank below the most popular items: {FIGURES[HEADLINE]} {own:.4f} beside "
-        f"{popularity:.4f}. It predicts ratings, and not what users choose."
+        f"{popularity:.4f}. It was made to predict ratings; --config ranking learns what users choose."
     )

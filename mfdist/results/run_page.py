@@ -25,12 +25,13 @@ Figure = tuple[str, Markup, str]
 
 def run_page(report: Record, validation: Record | None = None, records: Sequence[Record] = (), run: str = "RUN") -> str:
     """``validation``: ``ErrorSums.figures()`` of the epoch that counts; ``records``: those of metrics.jsonl."""
-    data = report["dataset"]
-    figures = [error_by_epoch(report), *time_figures(records)]
+    data, ranks = report["dataset"], report["config"].get("objective") == "ranking"
+    figures = [ranking_by_epoch(report) if ranks else error_by_epoch(report), *time_figures(records)]
     return render(
         "run.html", title=f"{report['model']} on {data['name']}", report=report, data=data, final=report["final"],
-        best=report["best_on_val"], cards_=_cards(report, validation), beside=_beside(report), figures=figures,
-        slices=[(SLICES.get(name, name), s["rows"], s["rmse"], s["mae"]) for name, s in report["slices"].items()],
+        best=report["final"] if ranks else report["best_on_val"], figures=figures, beside=_beside(report),
+        cards_=_ranking_cards(report) if ranks else _cards(report, validation), epochs_head=_epochs_head(ranks),
+        slices=[] if ranks else _slices(report),
         errors=error_figures(validation) if validation else [], levels=level_shares(validation),
         **_ranking(report), epochs=_epochs(report, records),
         events=_events(records), warnings=[r["text"] for r in records if r["kind"] == "warning"],
@@ -61,6 +62,16 @@ def validation_curve(report: Record) -> list[tuple[int, float]]:
     """(epoch, RMSE of predictions clipped to the scale), as the floors are; raw where an earlier version wrote them."""
     found = [(epoch["epoch"], epoch.get("val_rmse_clipped", epoch["val_rmse"])) for epoch in report["epochs"]]
     return [(epoch, rmse) for epoch, rmse in found if rmse is not None]
+
+
+def ranking_by_epoch(report: Record) -> Figure:
+    """NDCG of each epoch beside that of the most popular items."""
+    points = [(e["epoch"], e["val_ndcg"]) for e in report["epochs"] if e.get("val_ndcg") is not None]
+    title, name = "Ranking by epoch", ranking_metrics.FIGURES[ranking_metrics.HEADLINE]
+    if len(points) < 2:
+        return title, Markup(""), ""
+    popular = Level(report["ranking"]["popularity"][ranking_metrics.HEADLINE], "most popular items", *FLOOR_TONES[0])
+    return title, line_chart([Series(name, points, "a")], "epoch", name, levels=[popular], whole_x=True), ""
 
 
 # Over time ----------------------------------------------------------------------------------------
@@ -181,8 +192,27 @@ def _cards(report: Record, validation: Record | None) -> list[tuple[Any, str]]:
     return cards
 
 
+def _ranking_cards(report: Record) -> list[tuple[Any, str]]:
+    """The headline of a ranking."""
+    ranking, headline = report["ranking"], ranking_metrics.HEADLINE
+    others = [(ranking[key], name) for key, name in ranking_metrics.FIGURES.items() if key != headline]
+    return [(ranking[headline], ranking_metrics.FIGURES[headline]),
+            (ranking["popularity"][headline], "the same of the most popular items"), *others]  # fmt: skip
+
+
+def _epochs_head(ranks: bool) -> list[str]:
+    names = ("train error", "NDCG@10") if ranks else ("train RMSE", "val RMSE, clipped", "val MAE, clipped")
+    return ["epoch", *names, "seconds", "to validate", "M ratings/s"]
+
+
+def _slices(report: Record) -> list[tuple[Any, ...]]:
+    return [(SLICES.get(name, name), s["rows"], s["rmse"], s["mae"]) for name, s in report["slices"].items()]
+
+
 def _beside(report: Record) -> list[tuple[Any, ...]]:
     final = report["final"]
+    if final["val_rmse"] is None and not report["floors"]:
+        return []
     rows = [("this model", final["val_rmse_clipped"], final.get("val_mae_clipped"))]
     return rows + [(FLOORS.get(name, name), f["rmse"], f["mae"]) for name, f in report["floors"].items()]
 
@@ -196,10 +226,16 @@ def _ranking(report: Record) -> dict[str, Any]:
             "ranking_head": ["", *ranking_metrics.FIGURES.values()]}  # fmt: skip
 
 
+def _validated(epoch: Record, ranked: bool) -> list[float | None]:
+    if ranked:
+        return [epoch["val_ndcg"]]
+    return [epoch.get("val_rmse_clipped", epoch["val_rmse"]), epoch.get("val_mae_clipped", epoch["val_mae"])]
+
+
 def _epochs(report: Record, records: Sequence[Record]) -> list[tuple[Any, ...]]:
     validated = {r["epoch"]: r.get("validation_seconds") for r in records if r["kind"] == "epoch"}
-    return [(e["epoch"], e["train_rmse"], e.get("val_rmse_clipped", e["val_rmse"]),
-             e.get("val_mae_clipped", e["val_mae"]), e["seconds"], validated.get(e["epoch"]),
+    ranked = bool(report["epochs"]) and "val_ndcg" in report["epochs"][0]
+    return [(e["epoch"], e["train_rmse"], *_validated(e, ranked), e["seconds"], validated.get(e["epoch"]),
              e["ratings_per_second"] / 1e6) for e in report["epochs"]]  # fmt: skip
 
 

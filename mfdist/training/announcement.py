@@ -12,6 +12,7 @@ import torch
 
 from mfdist import storage
 from mfdist.model.cpu_step import FusedStep
+from mfdist.results.ranking_metrics import HEADLINE, figures_in_words
 from mfdist.results.report import current_rss
 from mfdist.training.session import Session
 
@@ -27,10 +28,11 @@ def announce(session: Session) -> None:
         f"validation ratings, {manifest.num_users:,} users, {manifest.num_items:,} items"
     )
     session.console.info(f"model:   {_model(session)}")
+    how = "users and items solved in turn" if config.is_ranking else (
+        f"{config.optimizer} with a rate of {config.lr:g} ({config.lr_schedule})")  # fmt: skip
     session.console.info(
         f"steps:   {session.loader.num_steps:,} an epoch of {config.batch_size:,} ratings each, {config.epochs} "
-        f"{'epoch' if config.epochs == 1 else 'epochs'}, {config.optimizer} with a rate of {config.lr:g} "
-        f"({config.lr_schedule})"
+        f"{'epoch' if config.epochs == 1 else 'epochs'}, {how}"
     )
     used = world.max([float(current_rss())])[0]
     session.console.info(f"machine: {_machine(session)}; {used / 2**30:.2f} GiB a process so far")
@@ -53,6 +55,9 @@ def epoch_line(record: Mapping[str, Any], epochs: int) -> str:
     parts = [f"epoch {record['epoch']}/{epochs}", f"train rmse {record['train_rmse']:.4f}"]
     if record["val_rmse_clipped"] is not None:
         parts.append(f"val rmse {record['val_rmse_clipped']:.4f} mae {record['val_mae_clipped']:.4f} (clipped)")
+    if HEADLINE in record:
+        parts[1] = f"rmse of the choices (1 each) {record['train_rmse']:.4f}"
+        parts.append(figures_in_words(record))
     if record["stop_rmse"] is not None:
         parts.append(f"stop rows {record['stop_rmse']:.4f}")
     parts.append(f"{record['seconds']:.1f} s + {record['validation_seconds']:.1f} s to validate")

@@ -14,6 +14,7 @@ from mfdist.model.models import Form, sigmoid_range
 from mfdist.model.objective import Objective, six_of
 from mfdist.model.optimizers import OPTIMIZERS, SCHEDULES, RowOptimizer
 from mfdist.model.units import Units
+from mfdist.training import ranking_flags
 from mfdist.training.defaults import BATCH_SIZE, IMPLICIT, PLAIN_L2, RECIPE, settled
 from mfdist.training.trackers import REMOTE, check_track
 
@@ -56,6 +57,29 @@ class TrainConfig:
     run_dir: str | None = flag(
         None, "run directory or URL; not set: a new numbered folder under runs/", group="run", basic=True, metavar="DIR"
     )
+    objective: str = flag(
+        "explicit",
+        "what is learned: ratings, or a ranking of items by what users chose, whatever the rating (it has few flags of "
+        "its own: --config ranking)",
+        choices=("explicit", "ranking"),
+        group="model",
+        basic=True,
+    )
+    unobserved_weight: float = flag(
+        ranking_flags.OWN["unobserved_weight"],
+        "--objective ranking: weight of all pairs of a user and an item together, beside that of the ratings",
+        above=0,
+        group="optimization",
+        metavar="WEIGHT",
+    )
+    ranking_penalty: float = flag(
+        ranking_flags.OWN["ranking_penalty"],
+        "--objective ranking: penalty of a row for each of its ratings, in units of what chance alone gives a matrix "
+        "of this density",
+        at_least=0,
+        group="optimization",
+        metavar="PENALTY",
+    )
     model: str = flag(RECIPE["model"], "which model", choices=("mf", "mf_advanced"), group="model", basic=True)
     emb_dim: int = flag(
         Follows(str(RECIPE["emb_dim"])),
@@ -67,8 +91,8 @@ class TrainConfig:
     )
     optimizer: str = flag(
         RECIPE["optimizer"],
-        "row optimizer; adamw is exact on untouched rows too",
-        choices=OPTIMIZERS,
+        "row optimizer; adamw is exact on untouched rows too; als (rankings alone) solves rows",
+        choices=(*OPTIMIZERS, "als"),
         group="optimization",
         basic=True,
     )
@@ -163,7 +187,7 @@ class TrainConfig:
     eps: float = flag(1e-8, "added to the root of the second moment", at_least=1e-15, group="optimization")
     batch_size: int = flag(
         Follows(f"{BATCH_SIZE}, less where a user or an item has many of all ratings"),
-        "ratings of a step, over all ranks",
+        "ratings of a step, over all ranks; --objective ranking: always all",
         at_least=1,
         group="optimization",
         basic=True,
@@ -271,7 +295,7 @@ class TrainConfig:
         return cls(**{**read_toml(cls, name), **values})
 
     def __post_init__(self) -> None:
-        for name, value in settled({field.name: getattr(self, field.name) for field in fields(self)}).items():
+        for name, value in self._settled().items():
             object.__setattr__(self, name, value)
         if self.l2:
             object.__setattr__(self, "l2", six_of(self.l2))
@@ -303,6 +327,14 @@ class TrainConfig:
         if self.l2 and min(self.l2) < 0:
             raise UsageError("--l2: all numbers must be at least 0.")
 
+    def _settled(self) -> dict[str, Any]:
+        """The values of all flags, those that follow from others put in."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.is_ranking:
+            return ranking_flags.settled(values, {field.name: field for field in fields(self)})
+        ranking_flags.check_absent(values)
+        return settled(values)
+
     def form(self, manifest: Manifest) -> Form:
         """What predictions are computed from, on this dataset."""
         advanced = self.model == "mf_advanced"
@@ -321,20 +353,27 @@ class TrainConfig:
         centred = self.model == "mf_advanced" and not self.no_bias
         return Units.of_ratings(manifest.global_mean, manifest.rating_spread, manifest.rating_skewness, centred)
 
-    def objective(self) -> Objective:
+    @property
+    def is_ranking(self) -> bool:
+        """Whether a ranking is learned, and not ratings."""
+        return self.objective == "ranking"
+
+    def penalties(self) -> Objective:
         return Objective(reduction=self.reduction, l2=self.l2, row_l2=self.row_l2 if any(self.row_l2) else None)
 
     def row_optimizer(self, total_steps: int) -> RowOptimizer:
         return RowOptimizer(
-            kind=self.optimizer, lr=self.lr, lr_schedule=self.lr_schedule, total_steps=total_steps,
+            kind="sgd" if self.is_ranking else self.optimizer,  # rows that are solved have no state either
+            lr=self.lr, lr_schedule=self.lr_schedule, total_steps=total_steps,
             weight_decay=self.weight_decay, betas=self.betas, eps=self.eps,
         )  # fmt: skip
 
 
 MEANING = (
-    "model", "emb_dim", "optimizer", "lr", "lr_schedule", "weight_decay", "l2", "row_l2", "reduction", "members",
-    "offset", "rating_units", "init_std", "implicit", "betas", "eps", "batch_size", "seed", "wire_dtype", "init_from",
-    "stop_fraction", "cold", "no_sigmoid", "no_bias", "no_init", "sigmoid_range",
+    "objective", "unobserved_weight", "ranking_penalty", "model", "emb_dim", "optimizer", "lr", "lr_schedule",
+    "weight_decay", "l2", "row_l2", "reduction", "members", "offset", "rating_units", "init_std", "implicit", "betas",
+    "eps", "batch_size", "seed", "wire_dtype", "init_from", "stop_fraction", "cold", "no_sigmoid", "no_bias", "no_init",
+    "sigmoid_range",
 )  # fmt: skip
 """Keys that a resumed run may not change: they would make it another run."""
 PLACES = ("run_dir", "data", "resume", "overwrite")

@@ -38,7 +38,9 @@ def fitted(config: C, dataset: Dataset, world: World) -> tuple[C, Dataset]:
     """The configuration with what follows from the data, and the dataset with the spread of its ratings; collective."""
     if config.rating_units == "spread" and dataset.manifest.rating_spread is None:
         dataset = Dataset(dataset.path, dataclasses.replace(dataset.manifest, **_moments(dataset, world)))
-    if not config.batch_size or config.implicit == OF_THE_DATA or not config.l2:
+    if config.is_ranking:
+        config = dataclasses.replace(config, batch_size=max(1, dataset.manifest.num_ratings["train"]))
+    elif not config.batch_size or config.implicit == OF_THE_DATA or not config.l2:
         config = dataclasses.replace(config, **_of_counts(config, dataset, world))
     return config, dataset
 

@@ -14,6 +14,7 @@ import torch
 
 from mfdist import storage
 from mfdist.config import to_dict
+from mfdist.model.alternating import Weights
 from mfdist.model.objective import ITEM, USER
 from mfdist.model.tables import ReplicatedTable, Table, stored_order
 from mfdist.results import export, ranking_metrics, report
@@ -34,23 +35,24 @@ def finish(session: Session) -> dict[str, Any]:
     if chosen != len(progress.epochs) - 1:
         folder = checkpoint.folder_of(session.run, (chosen + 1) * session.loader.num_steps)
         load(session, folder)
-    with busy("looking where the model errs"):
-        diagnosis = session.validation.diagnosis(session.model).figures()
+    diagnosis, reached = None, {}
+    if not config.is_ranking:
+        with busy("looking where the model errs"):
+            diagnosis = session.validation.diagnosis(session.model).figures()
+        with busy("what simple predictions reach"):
+            reached = floors(session.dataset, world)
     with busy("writing the model"):
         export_model(session)
-    with busy("what simple predictions reach"):
-        reached = floors(session.dataset, world)
     with busy("what users would find among their recommendations"):
         ranked = session.validation.ranking(session.model)
     how = "lowest error on the stop rows" if progress.stop_rmse else "last epoch"
-    val = [summary["headline"]["val_rmse"] for summary in progress.summaries]
-    best = int(np.argmin([np.inf if v is None else v for v in val]))
+    best, best_how = _best_on_val(session)
     peak = world.max([report.peak_rss(), torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0])
     found = report.new_report(
         job="train", model=config.model, manifest=session.dataset.manifest, world_size=world.size,
         device=world.device.type, seed=config.seed, config=to_dict(config), epochs=progress.epochs,
         final=report.result(chosen + 1, progress.summaries[chosen]["headline"], how),
-        best_on_val=report.result(best + 1, progress.summaries[best]["headline"], BEST_ON_VAL),
+        best_on_val=report.result(best + 1, progress.summaries[best]["headline"], best_how),
         slices=progress.summaries[chosen]["slices"], floors=reached, ranking=ranked,
         wall_seconds=progress.wall_seconds + time.monotonic() - session.started,
         peak_rss_bytes=int(peak[0]), peak_device_bytes=int(peak[1]),
@@ -79,6 +81,7 @@ def finish(session: Session) -> dict[str, Any]:
             f"{final['val_mae_clipped']:.4f}, clipped to the scale (raw {final['val_rmse']:.4f}, "
             f"{final['val_mae']:.4f}), on {found['dataset']['num_ratings']['val']:,} validation ratings"
         )
+    if final["val_rmse"] is not None or config.is_ranking:
         session.console.info(f"recommendations: {ranking_metrics.sentence(found['ranking'])}")
     session.console.info(f"report: {storage.redact(session.run)}/report.html; next, for example")
     for command in next_commands(session.run):
@@ -87,9 +90,19 @@ def finish(session: Session) -> dict[str, Any]:
     return found
 
 
+def _best_on_val(session: Session) -> tuple[int, str]:
+    """The epoch, from 0, that is best on the validation rows, and what is best about it."""
+    progress = session.progress
+    if session.config.is_ranking:
+        gains = [epoch["val_ndcg"] or 0.0 for epoch in progress.epochs]
+        return int(np.argmax(gains)), "best ranking on validation, picked on the rows it is reported on"
+    val = [summary["headline"]["val_rmse"] for summary in progress.summaries]
+    return int(np.argmin([np.inf if v is None else v for v in val])), BEST_ON_VAL
+
+
 def doubt_about(found: dict[str, Any], lr: float, epochs: int) -> str:
     """Why the result of a report should not be believed in; '' where nothing speaks against it."""
-    rmse, floor = found["final"]["val_rmse_clipped"], found["floors"]["bias"]["rmse"]
+    rmse, floor = found["final"]["val_rmse_clipped"], found["floors"].get("bias", {}).get("rmse")
     if rmse is None or floor is None or rmse <= floor:
         return ""
     return (
@@ -117,7 +130,7 @@ def export_model(session: Session) -> None:
         "members": form.members, "implicit": form.implicit, "train_rmse": session.progress.epochs[-1]["train_rmse"],
         "penalty": {"l2": list(session.config.l2), "row_l2": session.config.row_l2 and list(session.config.row_l2)}
         if session.objective.penalised else None,
-        "units": {"mean": form.units.mean, "spread": form.units.spread},
+        "units": {"mean": form.units.mean, "spread": form.units.spread}, **_about_ranking(session),
     }  # fmt: skip
     if world.is_main:
         export.write_model(session.run, shapes, about, session.dataset)
@@ -126,6 +139,16 @@ def export_model(session: Session) -> None:
             for _ in chunks:
                 pass
     world.barrier()
+
+
+def _about_ranking(session: Session) -> dict[str, Any]:
+    """What a row was solved with, so that others can be: see ``model.alternating``."""
+    config, world = session.config, session.world
+    if not config.is_ranking:
+        return {}
+    users, items = world.sum([float((table.rows.last > 0).sum()) for table in (session.model.user, session.model.item)])
+    weights = Weights.of(config.unobserved_weight, config.ranking_penalty, users, items, session.loader.num_rows)
+    return {"objective": config.objective, "ranking": weights._asdict()}
 
 
 def _chunks(session: Session, table: Table, side: int, *, biases: bool) -> Iterator[Any]:

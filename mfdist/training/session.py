@@ -23,6 +23,7 @@ from mfdist.data.dataset import Dataset
 from mfdist.data.loader import Loader, available_bytes
 from mfdist.errors import DataError
 from mfdist.log import Console, MetricsLog, Record
+from mfdist.model.alternating import AlternatingStep
 from mfdist.model.cpu_step import FusedStep
 from mfdist.model.models import ITEM_TABLE, MF, USER_TABLE, MFAdvanced
 from mfdist.model.objective import Floats32, Objective, shares_of
@@ -76,7 +77,7 @@ class Session:
     console: Console
     loader: Loader
     model: MF
-    fused: FusedStep | GpuStep | None  # the step by fast kernels, where they are to be had
+    fused: FusedStep | GpuStep | AlternatingStep | None  # the step by fast kernels, where they are to be had
     replica: nn.Module  # the model under DistributedDataParallel, where it has anything to reduce
     optimizer: RowOptimizer
     objective: Objective
@@ -117,7 +118,7 @@ def build(
         mean = (manifest.global_mean - form.units.mean) / form.units.spread
         model = MFAdvanced(form, user, item, mean if config.offset == "mean" else None)
     world.interface = config.interface
-    objective = config.objective()
+    objective = config.penalties()
     shares = _shares(dataset, user) if objective.penalised or form.implicit else None
     fused = fast_step(config, model, optimizer, objective, shares, loader.num_rows)
     adds_up = isinstance(fused, FusedStep) and not fused.needs_reduction
@@ -134,9 +135,11 @@ def build(
 
 def fast_step(
     config: TrainConfig, model: MF, optimizer: RowOptimizer, objective: Objective, shares: Shares | None, ratings: int
-) -> FusedStep | GpuStep | None:
+) -> FusedStep | GpuStep | AlternatingStep | None:
     """The step by kernels: numba's on a CPU, Triton's on a GPU; None where tables are whole, where Triton is missing
     and where its kernels do not have the model. ``ratings``: of an epoch, over all ranks."""
+    if config.is_ranking:
+        return AlternatingStep(model, config.unobserved_weight, config.ranking_penalty, torch.get_num_threads())
     if config.sharding == "replicated":
         return None
     if model.user.world.device.type == "cpu":

@@ -52,6 +52,7 @@ TAGS: dict[str, dict[str, Callable[[Record], float | None]]] = {
         "error/val_rmse_clipped": lambda r: r["val_rmse_clipped"],
         "error/val_mae_clipped": lambda r: r["val_mae_clipped"],
         "error/stop_rmse": lambda r: r["stop_rmse"],
+        "ranking/ndcg_at_10": lambda r: r.get("ndcg@10"),
         "speed/epoch_seconds": lambda r: r["seconds"],
         "speed/validation_seconds": lambda r: r["validation_seconds"],
     },
@@ -63,9 +64,9 @@ TAGS: dict[str, dict[str, Callable[[Record], float | None]]] = {
     "result": {
         "error/result_rmse_clipped": lambda r: r["val_rmse_clipped"],
         "error/result_mae_clipped": lambda r: r["val_mae_clipped"],
-        "error/floor_global_mean": lambda r: r["floors"]["global_mean"],
-        "error/floor_item_mean": lambda r: r["floors"]["item_mean"],
-        "error/floor_bias": lambda r: r["floors"]["bias"],
+        "error/floor_global_mean": lambda r: r["floors"].get("global_mean"),
+        "error/floor_item_mean": lambda r: r["floors"].get("item_mean"),
+        "error/floor_bias": lambda r: r["floors"].get("bias"),
     },
 }
 """Kind of record -> tag -> its value; None is not written."""

@@ -33,6 +33,7 @@ from mfdist.run.stopping import StopWatch
 from mfdist.training.announcement import announce, epoch_line
 from mfdist.training.config import TrainConfig, check_changes
 from mfdist.training.data_facts import fitted
+from mfdist.training.epoch_results import measure_epoch
 from mfdist.training.finish import finish
 from mfdist.training.memory import check_memory
 from mfdist.training.meter import Meter
@@ -90,10 +91,12 @@ def _train(
             announce(session)
             with collector_at_ease():
                 for epoch in range(session.progress.epoch, config.epochs):
-                    due = _train_epoch(session, epoch, watch)
-                    _finish_epoch(session, epoch, due)
+                    due, reason = _train_epoch(session, epoch, watch)
+                    _finish_epoch(session, epoch, due or reason is not None)
                     if _out_of_patience(session):
                         break
+                    if reason and epoch + 1 < config.epochs:
+                        _stop(session, reason, watch)
             return finish(session)
         finally:
             session.saver.close()
@@ -247,12 +250,12 @@ def _open_loader(config: TrainConfig, dataset: Dataset, world: World) -> Loader:
 # Running ------------------------------------------------------------------------------------------
 
 
-def _train_epoch(session: Session, epoch: int, watch: StopWatch) -> bool:
-    """Returns whether a checkpoint is due at its end."""
+def _train_epoch(session: Session, epoch: int, watch: StopWatch) -> tuple[bool, str | None]:
+    """Returns whether a checkpoint is due at its end, and why to stop there, where the last step found a reason."""
     progress, began = session.progress, time.monotonic()
     compiled, seconds_before = compilation.seconds(), progress.seconds
     pending: list[torch.Tensor] = []
-    save_due, last_check = False, began
+    save_due, reason, last_check = False, None, began
     next_check = progress.step + 1
     meter = Meter(session)
     total = session.loader.num_rows
@@ -276,7 +279,7 @@ def _train_epoch(session: Session, epoch: int, watch: StopWatch) -> bool:
                 if save_due and not last:
                     save(session)
     progress.seconds = seconds_before + time.monotonic() - began - (compilation.seconds() - compiled)
-    return save_due
+    return save_due, reason
 
 
 def _check(
@@ -339,30 +342,8 @@ def _finish_epoch(session: Session, epoch: int, due: bool) -> None:
     progress, config = session.progress, session.config
     with session.console.busy("bringing every row up to date"):
         (session.fused or session.model).settle()
-    began, compiled = time.monotonic(), compilation.seconds()
-    with session.console.progress("validate", session.dataset.manifest.num_ratings["val"]) as bar:
-        summary = session.validation.errors(session.model, advance=bar.advance).summary()
-    if config.stop_fraction:
-        with session.console.progress("measure the stop rows", session.loader.num_stop_rows) as bar:
-            errors = session.validation.errors(
-                session.model, "stop", config.stop_fraction, config.seed, advance=bar.advance
-            )
-        progress.stop_rmse.append(errors.summary()["headline"]["val_rmse"] or 0.0)
-    clipped = summary["headline"]
-    record = {
-        "epoch": epoch + 1,
-        "train_rmse": (progress.squared_error / max(1, progress.rows)) ** 0.5,
-        "val_rmse": clipped["val_rmse"],
-        "val_mae": clipped["val_mae"],
-        "val_rmse_clipped": clipped["val_rmse_clipped"],
-        "val_mae_clipped": clipped["val_mae_clipped"],
-        "seconds": progress.seconds,
-        "ratings_per_second": progress.rows / max(progress.seconds, 1e-9),
-    }
-    measured = {
-        "stop_rmse": progress.stop_rmse[-1] if progress.stop_rmse else None,
-        "validation_seconds": time.monotonic() - began - (compilation.seconds() - compiled),
-    }  # fmt: skip
+    compiled = compilation.seconds()
+    record, measured, summary = measure_epoch(session, epoch)
     session.console.info(epoch_line({**record, **measured}, config.epochs))
     progress.epochs.append(record)
     progress.summaries.append(summary)

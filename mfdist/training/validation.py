@@ -21,7 +21,7 @@ from mfdist.results.error_sums import ErrorSums
 from mfdist.results.floors import LaneUsers
 from mfdist.results.item_index import ItemIndex
 from mfdist.results.item_lists import ItemLists
-from mfdist.results.ranking import rank_metrics, ranked_users
+from mfdist.results.ranking import RankedUsers, rank_metrics, ranked_users
 
 CHUNK_ROWS = 1 << 18
 RANKED_ITEMS = 1 << 16
@@ -36,7 +36,12 @@ class Validation:
         self._lanes = lanes_of_rank(len(dataset.manifest.lanes), world.rank, world.size)
         self._item_cold = dataset.counts("items") == 0
         self._places = {lane: LaneUsers(dataset, lane) for lane in self._lanes}
+        self._ranked: RankedUsers | None = None
         self._user_cold = {lane: place.counts(dataset) == 0 for lane, place in self._places.items()}
+
+    def no_errors(self) -> SliceSums:
+        """Of no row: what :meth:`errors` are where predictions are no ratings."""
+        return SliceSums(*self._dataset.manifest.rating_scale, self._dataset.manifest.rating_step)
 
     @torch.no_grad()
     def errors(
@@ -77,8 +82,9 @@ class Validation:
     @torch.no_grad()
     def ranking(self, model: MF) -> dict[str, Any]:
         """``ranking.rank_metrics`` of the model, its tables settled: as its export ranks; every rank calls."""
-        chosen = ranked_users(self._dataset, self._world)
-        return rank_metrics(partial(self._top, model), chosen, self._dataset, self._world)
+        if self._ranked is None:
+            self._ranked = ranked_users(self._dataset, self._world)
+        return rank_metrics(partial(self._top, model), self._ranked, self._dataset, self._world)
 
     def _top(self, model: MF, users: Any, k: int, hidden: ItemLists) -> Any:
         """The best items of this rank's ``users``, from all items, a part of them at a time; collective."""
