@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mfdist import storage
-from mfdist.errors import DataError
+from mfdist.errors import DataError, UsageError
 from mfdist.log import Console
 from mfdist.prepare.columns import recognise
 from mfdist.prepare.input_files import find_sources
@@ -84,8 +84,8 @@ class _Reader:
     def read(self, source: Source, columns: tuple[str, ...] | None) -> None:
         try:
             layout = recognise(source, columns).without_time()
-        except DataError as error:
-            raise DataError(str(error).replace("--columns", "--fold-in-columns")) from None
+        except (DataError, UsageError) as error:
+            raise type(error)(str(error).replace("--columns", "--fold-in-columns")) from None
         for piece in chunks(source, layout):
             if isinstance(piece, str):
                 return
