@@ -27,11 +27,13 @@ from mfdist.results.run_page import phase_seconds, run_page, work_seconds
 RECORDS: list[dict[str, Any]] = [
     {"kind": "start", "time": 100.0, "step": 0, "epoch": 1, "world_size": 2},
     {"kind": "interval", "time": 103.0, "step": 5, "epoch": 1, "ratings_per_second": 2e6},
-    {"kind": "checkpoint", "time": 104.0, "step": 6, "epoch": 1},
+    {"kind": "checkpoint", "time": 104.0, "step": 6, "epoch": 1, "pause_seconds": 0.1},
     {"kind": "stop", "time": 104.5, "step": 6, "epoch": 1, "reason": "STOP"},
     {"kind": "resume", "time": 900.0, "step": 6, "epoch": 1, "world_size": 2},
     {"kind": "interval", "time": 903.0, "step": 12, "epoch": 2, "ratings_per_second": 3e6},
-    {"kind": "data", "time": 905.0, "step": 14, "epoch": 2, "wait_seconds": 0.5, "ranks_wait_seconds": 0.2},
+    {"kind": "compile", "time": 905.0, "step": 14, "epoch": 2, "seconds": 2.0},
+    {"kind": "interval", "time": 905.0, "step": 14, "epoch": 2, "ratings_per_second": 3e6, "wait_seconds": 0.5,
+     "ranks_wait_seconds": 0.2},
     {"kind": "epoch", "time": 906.0, "step": 14, "epoch": 2, "seconds": 5.0, "validation_seconds": 1.0},
     {"kind": "warning", "time": 906.5, "step": 14, "epoch": 2, "text": "too <high>"},
     {"kind": "finish", "time": 907.0, "step": 14, "epoch": 2},
@@ -107,7 +109,14 @@ def test_the_browser_check_finds_faults(tmp_path):
 def test_work_time_leaves_pauses_out():
     assert work_seconds(RECORDS)[-1] == pytest.approx(4.5 + 7.0)
     assert phase_seconds(RECORDS) == pytest.approx(
-        {"learning": 4.3, "waiting for data": 0.5, "for ranks": 0.2, "validation": 1.0}
+        {
+            "learning": 4.2,
+            "waiting for data": 0.5,
+            "for ranks": 0.2,
+            "checkpoints": 0.1,
+            "validation": 1.0,
+            "compiling": 2.0,
+        }
     )
 
 

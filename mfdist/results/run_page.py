@@ -109,14 +109,18 @@ def work_seconds(records: Sequence[Record]) -> list[float]:
 
 
 def phase_seconds(records: Sequence[Record]) -> dict[str, float]:
-    """Seconds of learning, of waiting for data and for other ranks, of validation and of checkpoints."""
-    epochs = [record for record in records if record["kind"] == "epoch"]
-    waited = sum(record.get("wait_seconds") or 0.0 for record in records if record["kind"] == "data")
-    others = sum(record.get("ranks_wait_seconds") or 0.0 for record in records if record["kind"] == "data")
+    """Seconds of learning, of waiting for data and for other ranks, of checkpoints, validation and compilation."""
+
+    def total(kind: str, key: str) -> float:
+        return float(sum(record.get(key) or 0.0 for record in records if record["kind"] == kind))
+
+    waits = {
+        "waiting for data": total("interval", "wait_seconds"), "for ranks": total("interval", "ranks_wait_seconds"),
+        "checkpoints": total("checkpoint", "pause_seconds"),
+    }  # fmt: skip
     spent = {
-        "learning": max(0.0, sum(epoch["seconds"] for epoch in epochs) - waited - others),
-        "waiting for data": waited, "for ranks": others,
-        "validation": sum(epoch.get("validation_seconds") or 0.0 for epoch in epochs),
+        "learning": max(0.0, total("epoch", "seconds") - sum(waits.values())), **waits,
+        "validation": total("epoch", "validation_seconds"), "compiling": total("compile", "seconds"),
     }  # fmt: skip
     return {name: seconds for name, seconds in spent.items() if seconds or name in ("learning", "validation")}
 
