@@ -220,6 +220,8 @@ LOOSE = "{'reviewerID': 'u1', 'asin': 'a', 'overall': 5.0, 'unixReviewTime': 100
 
 FORMATS = [
     Case("JSON lines of Amazon 2014", {"r.json": AMAZON + "\n"}, [("u1", "a", 5.0, 100)]),
+    Case("JSON lines whose first is damaged", {"r.json": f'"{AMAZON}\n{AMAZON}\n{AMAZON.replace("u1", "u2")}\n'},
+         [("u1", "a", 5.0, 100), ("u2", "a", 5.0, 100)], "--max-rejected 0.5", rejected={"not valid JSON": 1}),
     Case("one JSON array in one line", {"r.json": f"[{AMAZON},{AMAZON.replace('u1', 'u2')}]"},
          [("u1", "a", 5.0, 100), ("u2", "a", 5.0, 100)], says=("JSON document",)),
     Case("a JSON array with a record a line, and one that is none",

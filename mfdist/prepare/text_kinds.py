@@ -28,12 +28,13 @@ def kind_of(head: str, shown: str) -> str:
             raise DataError(f"{shown} is a JSON array of {inside[:40]!r} ..., not of objects with named values; write "
                             "one object a rating.")  # fmt: skip
         return "json document"
-    if not begin.startswith("{"):
-        return "delimited"
     lines = [line for line in begin.splitlines()[:MAX_LINES] if line.strip()]
+    opened = sum(line.lstrip().startswith("{") for line in lines)
+    if not begin.startswith("{") and 2 * opened <= len(lines):  # the first of many records may be damaged
+        return "delimited"
     lines = lines[: max(1, len(lines) - 1)]  # the last one may be cut off
     json_lines = sum(isinstance(loaded(line.encode()), dict) for line in lines)
-    if isinstance(loaded(lines[0].encode()), dict) or 2 * json_lines > len(lines):
+    if isinstance(loaded(lines[0].encode()), dict) or 0 < len(lines) <= 2 * json_lines:
         return "json"
     if any(isinstance(record, dict) for record in _literals(lines)):
         return "python"
