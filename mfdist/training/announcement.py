@@ -64,10 +64,13 @@ def epoch_line(record: Mapping[str, Any], epochs: int) -> str:
     return " | ".join([*parts, f"{record['ratings_per_second'] / 1e6:.3f} M ratings/s"])
 
 
-def next_commands(run: str) -> list[str]:
-    """What somebody types after a training, to look at the result and to use it; paths as they were given."""
+def next_commands(run: str, errors: bool = True) -> list[str]:
+    """What somebody types after a training, to look at the result and to use it; paths as they were given.
+
+    ``errors``: the model predicts ratings, so that there is a page of its errors.
+    """
     given = shlex.quote(storage.redact(run))
-    return [f"{_program('evaluate')} {given} --html comparison.html",
+    return [f"{_program('evaluate')} {given}{' --html comparison.html' if errors else ''}",
             f"{_program('recommend')} --run-dir {given} --out recommendations.parquet"]  # fmt: skip
 
 

@@ -84,7 +84,7 @@ def finish(session: Session) -> dict[str, Any]:
     if final["val_rmse"] is not None or config.is_ranking:
         session.console.info(f"recommendations: {ranking_metrics.sentence(found['ranking'])}")
     session.console.info(f"report: {storage.redact(session.run)}/report.html; next, for example")
-    for command in next_commands(session.run):
+    for command in next_commands(session.run, errors=not config.is_ranking):
         session.console.info(f"    {command}")
     world.barrier()
     return found
