@@ -64,6 +64,30 @@ def test_headers_of_numbers() -> None:
     assert is_header(["0", "1", "2"], [], None, False) and not is_header(["0", "1"], [], None, True)
 
 
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [("user_id,item_id\na,b\n", (0, 1, -1)), ("item,user,stars\na,b,3\n", (1, 0, 2)), ("u1,i1\nu2,i2\n", (0, 1, -1)),
+     ("1,2\n3,4\n", (0, 1, -1)), ("0,1\n0,2\n", (0, 1, -1)), ("u1,i1,3\nu2,i2,4\n", (0, 1, 2))],
+)  # fmt: skip
+def test_pairs(text: str, places: tuple[int, ...], tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text(text)
+    (source,) = find_sources((str(tmp_path / "p.csv"),))
+    layout = recognise(source, None, pairs=True)
+    assert layout.columns == (*places, -1) and layout.header == text.startswith(("user", "item"))
+
+
+@pytest.mark.parametrize(
+    ("text", "guess"),
+    [("x,y\n1,2\n3,4\n", "x,y"), ("who,what\nu1,i1\nu2,i2\n", "who,what"), ("user_id,foo\na,b\n", "user_id,foo")],
+)
+def test_pairs_whose_names_say_nothing(text: str, guess: str, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text(text)
+    (source,) = find_sources((str(tmp_path / "p.csv"),))
+    with pytest.raises(DataError, match=f"for example --columns {guess}"):
+        recognise(source, None, pairs=True)
+    assert recognise(source, tuple(guess.split(",")), pairs=True).columns == (0, 1, -1, -1)
+
+
 def random_file(
     rng: random.Random,
 ) -> tuple[str, list[str], bool, dict[str, int], list[tuple[str, str, float, int | None]]]:

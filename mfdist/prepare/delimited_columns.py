@@ -63,7 +63,9 @@ def delimited_layout(source: Source, lines: list[str], columns: tuple[str, ...] 
     places, told, notes = _places(head, columns, pairs)
     constants = tuple((role, outside[place - width][1]) for role, place in enumerate(places) if place >= width)
     if header and numbered(names):
-        notes += (f"{source.shown}: the first line, {','.join(names)[:40]}, is taken for the numbers of its columns",)
+        line = ",".join(names)[:40]
+        notes += (f"{source.shown}: the first line, {line}, is taken for the numbers of its columns; if it is "
+                  "a rating, move it to another line",)  # fmt: skip
     point = _point(separator, [row[places[2]] for row in body]) if places[2] >= 0 else "."
     first = f"header {', '.join(names[:8])}" if header else "no header"
     kind = KINDS.get(separator, f"text separated by {separator!r}")

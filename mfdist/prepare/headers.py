@@ -139,7 +139,7 @@ def guessed_columns(names: Sequence[str], meaning: Meaning, needed: int, rows: S
     times = [place for place in free if facts and facts[place].like_times]
     ratings = [place for place in free if facts and facts[place].like_ratings and place not in times]
     for role, fitting in ((2, ratings[-1:]), (3, times[-1:])):
-        if places[role] < 0 and fitting:
+        if needed > 2 and places[role] < 0 and fitting:
             places[role] = fitting[0]
     free = [place for place in free if place not in places]
     for role in range(needed):
@@ -241,7 +241,8 @@ def is_header(first: Sequence[str], rest: Sequence[Sequence[str]], columns: Sequ
         return True
     if any(is_number(name) for name in first):
         return False
-    return meaning_of(first).known >= 2 or _cannot_be_data(first, rest, pairs)
+    sure = {"userid", "itemid"} & {spelling for name in first for spelling in spellings(name)}
+    return meaning_of(first).known >= 2 or (pairs and bool(sure)) or _cannot_be_data(first, rest, pairs)
 
 
 def _cannot_be_data(first: Sequence[str], rest: Sequence[Sequence[str]], pairs: bool) -> bool:
