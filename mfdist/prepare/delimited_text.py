@@ -75,6 +75,8 @@ def record_end(content: Any, start: Any, size: Any, sep0: Any, sep1: Any, quotes
     of the file (``final``).
     """
     p, field_start, bad = _after_marks(content, start, size), True, False
+    while p < size and _is_blank(content[p], sep0):
+        p += 1
     while p < size:
         c = content[p]
         if c == _NL:
@@ -93,9 +95,11 @@ def record_end(content: Any, start: Any, size: Any, sep0: Any, sep1: Any, quotes
             continue
         if c == sep0 and (sep1 == 0 or (p + 1 < size and content[p + 1] == sep1)):
             p += 1 if sep1 == 0 else 2
+            while p < size and _is_blank(content[p], sep0):
+                p += 1
             field_start = True
             continue
-        field_start = field_start and _is_blank(c, sep0)
+        field_start = False
         p += 1
     return -1
 
