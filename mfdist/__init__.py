@@ -6,12 +6,7 @@ so that ``import mfdist`` stays light.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from typing import Any
-
-if not os.access(os.path.dirname(__file__), os.W_OK):  # compiled kernels of an installation that is read-only
-    os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"mfdist-numba-{os.getuid()}"))
 
 __version__ = "0.2.0"
 __all__ = ["__version__", "load", "prepare_frame"]

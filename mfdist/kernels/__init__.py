@@ -4,6 +4,10 @@ Enters: packed rows, ids, ratings, the rules of an optimizer, as arrays. Leaves:
 May import: nothing of mfdist.
 """
 
+from mfdist.kernels import disk_cache
+
+disk_cache.use()
+
 BIAS_COLUMN = (1, 0)
 """Of a member's columns, the one that is the bias of a user, and of an item; on the other side it is a scale."""
 

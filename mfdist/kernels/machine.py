@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from numba import njit, types
@@ -14,20 +13,14 @@ from numba.extending import intrinsic, overload
 
 
 def _compiled(**options: Any) -> Callable[[Any], Any]:
-    """numba.njit, kept on disk for as long as no kernel's source changes: numba itself looks only at the file of the
-    function, and what that calls is compiled into it."""
+    """numba.njit, kept on disk (``disk_cache``)."""
 
     def compiled(function: Any) -> Any:
-        dispatcher: Any = njit(error_model="numpy", cache=True, **options)(function)
-        dispatcher._cache._cache_file._source_stamp = SOURCES
-        return dispatcher
+        return njit(error_model="numpy", cache=True, **options)(function)
 
     return compiled
 
 
-SOURCES = tuple(
-    sorted((file.name, file.stat().st_mtime, file.stat().st_size) for file in Path(__file__).parent.glob("*.py"))
-)
 kernel = _compiled(nogil=True)
 """Without Python's lock."""
 summing = _compiled(nogil=True, fastmath={"reassoc", "contract", "nsz"})

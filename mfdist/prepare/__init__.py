@@ -5,3 +5,5 @@ Leaves: a dataset directory (``dataset.json``, lanes, vocabularies, rejected row
 A rating's way: ``sources``, ``columns``, ``readers``, ``row_blocks``, ``read_pass``, ``count_pass``, ``write_pass``.
 May import: ``pages``, ``data``, ``kernels`` and the top level.
 """
+
+import mfdist.kernels  # noqa: F401 (before the first compiled function: where they are kept)
