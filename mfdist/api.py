@@ -92,8 +92,7 @@ class Model:
         ``data`` where that has moved. A user outside the vocabulary gets the items by bias; UsageError without biases.
         A user who is left with fewer items than k has fewer rows.
         """
-        if k < 1:
-            raise UsageError(f"recommend needs k of at least 1, got {k}.")
+        _check_k("recommend", k)
         names = id_texts(user_ids)
         rows = self.exported.rows_of("users", names)
         refuse_unknown(self.exported, [name for name, row in zip(names, rows.tolist(), strict=True) if row < 0])
@@ -140,8 +139,7 @@ class Model:
     def _similar(self, side: str, ids: Iterable[Any], k: int, measure: str) -> pa.Table:
         from mfdist.results.neighbours import Neighbours
 
-        if k < 1:
-            raise UsageError(f"similar_{side} needs k of at least 1, got {k}.")
+        _check_k(f"similar_{side}", k)
         names = id_texts(ids)
         rows = self.exported.rows_of(side, names)
         unknown = [name for name, row in zip(names, rows.tolist(), strict=True) if row < 0]
@@ -226,13 +224,17 @@ class FoldedUser:
         """The k best items: a table of item_id, rank (from 1) and score; without the rated ones."""
         from mfdist.results.item_lists import ItemLists
 
-        if k < 1:
-            raise UsageError(f"recommend needs k of at least 1, got {k}.")
+        _check_k("recommend", k)
         rated = np.unique(self._rated)
         hidden = ItemLists(np.array([0, len(rated)]), rated) if exclude_rated else None
         factors = self.factors[None].astype(np.float32)
         items, ratings = self._model._top.of_factors(factors, np.array([self.bias]), k, hidden)
         return table_of(self._model.exported, pa.array([""]), items, ratings).drop_columns(["user_id"])
+
+
+def _check_k(what: str, k: Any) -> None:
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise UsageError(f"{what} needs k that is a whole number of at least 1, got {k!r}.")
 
 
 def _by_lane(dataset: Dataset, rows: npt.NDArray[np.int64]) -> list[tuple[int | None, npt.NDArray[np.int64]]]:

@@ -12,6 +12,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from mfdist import process
+
 
 class MfdistError(Exception):
     """Anything that mfdist can explain; exit code 1 unless a subclass says better."""
@@ -58,13 +60,21 @@ class StopRequested(MfdistError):
 def exit_code_of(job: Callable[[], int | None]) -> int:
     """Run ``job`` and return the process's exit code, printing an error of the user's as its sentences alone.
 
-    An unexpected exception keeps its traceback and gives 1; one that the storage raised is a sentence, too.
+    An unexpected exception keeps its traceback and gives 1; one that the storage raised is a sentence, too. A console
+    that is gone ends nothing; in a locale other than UTF-8 the program is started again in one (``process``).
     """
+    process.use_utf8()
+    with process.lasting_console():
+        return _exit_code_of(job)
+
+
+def _exit_code_of(job: Callable[[], int | None]) -> int:
     try:
         return job() or 0
     except MfdistError as error:
         if not error.said_elsewhere:
-            print(f"{'stopped' if error.exit_code == 75 else 'error'}: {error}", file=sys.stderr, flush=True)
+            kind = "stopped" if error.exit_code == StopRequested.exit_code else "error"
+            print(process.visible(f"{kind}: {error}"), file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped: interrupted by the keyboard", file=sys.stderr, flush=True)

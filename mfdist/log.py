@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mfdist import compilation, storage
+from mfdist import compilation, process, storage
 
 PLAIN_INTERVAL_SECONDS = 10.0
 REDRAW_SECONDS = 1.0
@@ -27,20 +27,36 @@ PATIENCE_SECONDS = 0.7
 
 
 class Console:
-    """Lines and progress of one process; ``speaks`` is False on every rank but the first."""
+    """Lines and progress of one process; ``speaks`` is False on every rank but the first.
+
+    A console that is gone (``train | head``, a closed terminal, a full disk) ends nothing: lines that cannot be shown
+    go to :meth:`instead`.
+    """
 
     def __init__(self, speaks: bool = True) -> None:
         self.speaks = speaks
+        self._unshown: list[str] = []
+        self._instead: Callable[[str], None] | None = None
 
     def info(self, text: str) -> None:
-        if self.speaks:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+        if self.speaks and not _show(text, sys.stdout):
+            self._keep(text)
 
     def warn(self, text: str) -> None:
-        if self.speaks:
-            tqdm.write(f"warning: {text}", file=sys.stderr)
-            sys.stderr.flush()
+        if self.speaks and not _show(f"warning: {text}", sys.stderr):
+            self._keep(f"warning: {text}")
+
+    def instead(self, write: Callable[[str], None]) -> None:
+        """Give ``write`` the lines that could not be shown so far, and those to come."""
+        self._instead = write
+        while self._unshown:
+            write(self._unshown.pop(0))
+
+    def _keep(self, text: str) -> None:
+        if self._instead is not None:
+            self._instead(text)
+        else:
+            self._unshown.append(text)
 
     def progress(self, label: str, total: int, start: int = 0, unit: str = "ratings") -> Progress:
         """``total`` units of known number, ``start`` of them done before."""
@@ -120,7 +136,7 @@ class Progress:
 
     def _print(self, text: str) -> None:
         self._spoke, self._said = time.monotonic(), True
-        print(text, flush=True)
+        _show(text, sys.stdout)
 
     def _line(self, now: float) -> str:
         compiled = compilation.seconds() - self._compiled_before
@@ -157,8 +173,7 @@ class Progress:
             self._close_with(f"{self._label}: {seconds:.0f} s")
 
     def _close_with(self, text: str) -> None:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        _show(text, sys.stdout)
 
 
 def _bar(**options: Any) -> Any:
@@ -169,6 +184,17 @@ def _bar(**options: Any) -> Any:
         columns = 0
     width: dict[str, Any] = {"dynamic_ncols": True} if columns else {"ncols": 80}
     return tqdm(leave=False, **width, **options)
+
+
+def _show(text: str, stream: Any) -> bool:
+    """Write a line, above the bars that there are; False where it was not shown."""
+    try:
+        tqdm.write(process.visible(text), file=stream)
+        stream.flush()
+    except OSError:
+        process.silence(stream)
+        return False
+    return not getattr(stream, "gone", False)
 
 
 Record = dict[str, Any]
@@ -193,7 +219,8 @@ class MetricsLog:
         if path is None:
             return
         if keep_until_step is not None and storage.exists(path):
-            self._lines = [line for line in storage.read_text(path).splitlines() if _step_of(line) <= keep_until_step]
+            text = storage.read_bytes(path).decode(errors="replace")
+            self._lines = [line for line in text.splitlines() if _step_of(line) <= keep_until_step]
         storage.write_text(path, "".join(line + "\n" for line in self._lines))
         if listen is not None:
             for line in self._lines:
@@ -222,10 +249,11 @@ class MetricsLog:
 
 
 def _step_of(line: str) -> float:
-    """The step of a record; a line cut off by a kill belongs to no step that is kept."""
+    """The step of a record; a line cut off by a kill, or one that is no record, belongs to no step that is kept."""
     try:
-        return float(json.loads(line).get("step", 0))
-    except json.JSONDecodeError:
+        record = json.loads(line)
+        return float(record.get("step", 0)) if isinstance(record["kind"], str) and record["time"] >= 0 else math.inf
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return math.inf
 
 

@@ -42,6 +42,40 @@ def join(base: str, *parts: str) -> str:
     return "/".join([base.rstrip("/") if base != "/" else "", *parts])
 
 
+def absolute(path: str) -> str:
+    """``path`` as it is found from any folder."""
+    return os.path.abspath(local_path(path)) if is_local(path) else path
+
+
+def seen_from(path: str, base: str) -> str:
+    """An absolute ``path`` as seen from the directory ``base``, so that both can be moved together; a path that is not
+    on the same store as it is."""
+    if is_local(path) and is_local(base):
+        return os.path.relpath(os.path.realpath(local_path(path)), os.path.realpath(local_path(base)))
+    return path
+
+
+def check_relative(name: str) -> None:
+    """ValueError where ``name``, of a file that may come from anywhere, does not lie below the folder that it is of."""
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or re.search(r"[\\:\x00-\x1f]", name):
+        raise ValueError(f"{name!r} is no path inside of its folder")
+
+
+def inside(folder: str, name: str) -> str:
+    """The path of the file ``name`` of ``folder``. DataError where it lies elsewhere: by its name, or by a link."""
+    try:
+        check_relative(name)
+    except ValueError as error:
+        raise errors.DataError(f"{redact(folder)}: {error}.") from None
+    path = join(folder, name)
+    if is_local(folder):
+        home = os.path.realpath(local_path(folder))
+        if os.path.commonpath([home, os.path.realpath(local_path(path))]) != home:
+            raise errors.DataError(f"{redact(path)} is a link that leads out of its folder; copy the file there.")
+    return path
+
+
 def name_of(path: str) -> str:
     """The last part of a path or URL."""
     return PurePosixPath(path.rstrip("/")).name

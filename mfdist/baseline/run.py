@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from mfdist import storage
+from mfdist import json_tables, storage
 from mfdist.baseline import svd
 from mfdist.baseline.svd import FittedSVD
 from mfdist.cluster.world import World
@@ -48,6 +47,7 @@ def run_baseline(config: BaselineConfig, console: Console | None = None) -> dict
     """Fit, measure, write RUN; returns report.json's table. UsageError where memory is short, before any work."""
     console = console or Console()
     began = time.monotonic()
+    config = replace(config, data=storage.absolute(config.data))
     dataset = Dataset.open(config.data)
     with console.busy("looking at the dataset's files"):
         dataset.check_files()
@@ -87,7 +87,7 @@ def _check_run(run: str) -> None:
     if storage.exists(storage.join(run, "checkpoints")):
         raise UsageError(f"--run-dir {storage.redact(run)} is a run of train; name another directory for the baseline.")
     path = storage.join(run, "report.json")
-    if storage.exists(path) and json.loads(storage.read_text(path)).get("job") != JOB:
+    if storage.exists(path) and json_tables.read(path, "name another --run-dir").get("job") != JOB:
         raise UsageError(f"--run-dir {storage.redact(run)} holds the report of another job; name another directory.")
 
 

@@ -16,18 +16,20 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mfdist import storage
+from mfdist import json_tables, storage
+from mfdist.data import manifest_checks
 from mfdist.errors import DataError
 
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
+REMEDY = "run prepare again"
 SPLITS = ("train", "val")
 
 
@@ -87,29 +89,22 @@ class Manifest:
 
     @staticmethod
     def from_json(text: str, path: str) -> Manifest:
-        try:
-            table = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} is not valid JSON ({error}); run prepare again.") from None
-        if table.get("format_version") != FORMAT_VERSION:
+        return Manifest.of_table(json.loads(text), path)
+
+    @staticmethod
+    def of_table(table: dict[str, Any], path: str) -> Manifest:
+        """The manifest in the JSON object of the file ``path``; DataError where it cannot be one."""
+        version = table.get("format_version")
+        if version != FORMAT_VERSION:
             raise DataError(
-                f"{path} has format version {table.get('format_version')}, this mfdist reads {FORMAT_VERSION}; "
-                "run prepare again."
+                f"{path} has format version {json_tables.short(version)}, this mfdist reads {FORMAT_VERSION}; {REMEDY}."
             )
         try:
-            table["lanes"] = tuple(
-                Lane(
-                    user_ranges=tuple((a, b) for a, b in lane.pop("user_ranges")),
-                    files=tuple(lane.pop("files")),
-                    **lane,
-                )
-                for lane in table["lanes"]
-            )
-            table["files"] = tuple(FileEntry(**entry) for entry in table["files"])
-            table["rating_scale"] = tuple(table["rating_scale"])
-            return Manifest(**table)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} is damaged ({error}); run prepare again.") from None
+            manifest: Manifest = json_tables.typed(Manifest, table, "")
+            manifest_checks.check(manifest)
+        except ValueError as error:
+            raise json_tables.damaged(path, error, REMEDY) from None
+        return manifest
 
 
 class Dataset:
@@ -125,27 +120,44 @@ class Dataset:
         """DataError where ``path`` is no dataset."""
         manifest_path = storage.join(path, MANIFEST)
         try:
-            text = storage.read_text(manifest_path)
+            table = json_tables.read(manifest_path, REMEDY)
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(
                 f"{storage.redact(path)} is not a dataset: it has no {MANIFEST}. Make one with jobs/prepare.py."
             ) from None
-        return Dataset(path, Manifest.from_json(text, storage.redact(manifest_path)))
+        return Dataset(path, Manifest.of_table(table, storage.redact(manifest_path)))
 
     def lane_files(self, split: str, lane: int) -> list[FileEntry]:
         """The files of one lane and split, oldest first."""
         return [self._entries[name] for name in self.manifest.lanes[lane].files if name.startswith(f"{split}/")]
 
     def file_path(self, entry: FileEntry) -> str:
-        return storage.join(self.path, entry.path)
+        """DataError where a link leads out of the dataset."""
+        return storage.inside(self.path, entry.path)
 
     def counts(self, side: str, first: int = 0, end: int | None = None) -> npt.NDArray[np.int64]:
         """Training ratings of rows ``first`` to ``end`` of ``side`` ('users' or 'items'): int64, (end - first,)."""
-        return column_range(storage.join(self.path, f"{side}.parquet"), "ratings", first, end).to_numpy()  # type: ignore[no-any-return]
+        return column_range(self._vocabulary(side), "ratings", first, self._end(side, end)).to_numpy()  # type: ignore[no-any-return]
 
     def ids(self, side: str, first: int = 0, end: int | None = None) -> pa.ChunkedArray:
         """Original ids (strings) of rows ``first`` to ``end`` of ``side`` ('users' or 'items')."""
-        return column_range(storage.join(self.path, f"{side}.parquet"), "id", first, end)
+        return column_range(self._vocabulary(side), "id", first, self._end(side, end))
+
+    def check_vocabularies(self) -> None:
+        """DataError where users.parquet or items.parquet has not as many rows as there are users or items."""
+        for side in ("users", "items"):
+            num_rows, expected = rows_of(self._vocabulary(side)), self._end(side, None)
+            if num_rows != expected:
+                raise DataError(
+                    f"{storage.redact(self._vocabulary(side))} has {num_rows} rows, the manifest says {expected}; "
+                    f"{REMEDY}."
+                )
+
+    def _end(self, side: str, end: int | None) -> int:
+        return end if end is not None else self.manifest.num_users if side == "users" else self.manifest.num_items
+
+    def _vocabulary(self, side: str) -> str:
+        return storage.inside(self.path, f"{side}.parquet")
 
     def check_files(self, splits: tuple[str, ...] = SPLITS) -> None:
         """Compare existence, size and row count of every file with the manifest; DataError names the first fault."""
@@ -194,10 +206,44 @@ def verify(dataset: Dataset, advance: Callable[[int], None] = lambda _bytes: Non
             yield f"{storage.redact(path)} {fault}"
 
 
+def rows_of(path: str) -> int:
+    """Rows of a Parquet file, by its footer; DataError as :func:`column_range`."""
+
+    def footer() -> int:
+        fs, inner = storage.arrow_filesystem(path)
+        with pq.ParquetFile(inner, filesystem=fs) as file:
+            return int(file.metadata.num_rows)
+
+    return _readable(path, footer)
+
+
 def column_range(path: str, column: str, first: int, end: int | None) -> pa.ChunkedArray:
-    """Rows ``first`` to ``end`` of one column, touching only the row groups that hold them."""
+    """Rows ``first`` to ``end`` of one column, touching only the row groups that hold them. DataError where the file is
+    missing, damaged, without that column, or shorter."""
+    found = _readable(path, lambda: _column_range(path, column, first, end))
+    if end is not None and len(found) != end - first:
+        raise DataError(f"{storage.redact(path)} has {first + len(found)} rows where {end} are needed.")
+    return found
+
+
+T = TypeVar("T")
+
+
+def _readable(path: str, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except FileNotFoundError:
+        raise DataError(f"{storage.redact(path)} is missing.") from None
+    except (pa.ArrowException, OSError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{storage.redact(path)} cannot be read ({reason}).") from None
+
+
+def _column_range(path: str, column: str, first: int, end: int | None) -> pa.ChunkedArray:
     fs, inner = storage.arrow_filesystem(path)
     with pq.ParquetFile(inner, filesystem=fs) as file:
+        if column not in file.schema_arrow.names:
+            raise KeyError(f"it has no column {column}")
         end = file.metadata.num_rows if end is None else end
         groups, start, skipped = [], 0, None
         for group in range(file.metadata.num_row_groups):

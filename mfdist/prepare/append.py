@@ -255,7 +255,7 @@ def write_vocabulary(dataset: Dataset, side: str, new: Ids, counts: Counts, scra
 
 def write_all_rejected(root: str, added: str, scratch: str) -> FileEntry:
     with ParquetFile(root, "rejected.parquet" + NEXT, REJECTED_SCHEMA, scratch + "/out") as file:
-        for path in (storage.join(root, "rejected.parquet"), added):
+        for path in (storage.inside(root, "rejected.parquet"), added):
             fs, inner = storage.arrow_filesystem(path)
             with pq.ParquetFile(inner, filesystem=fs) as found:
                 for batch in found.iter_batches():

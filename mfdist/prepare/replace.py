@@ -55,7 +55,7 @@ def ordered_files(manifest: Manifest) -> list[FileEntry]:
 
 def read_rows(root: str, entry: FileEntry, manifest: Manifest) -> Arrays:
     """One lane file as columns 'user', 'item' (int64), 'rating' and maybe 'time'."""
-    fs, inner = storage.arrow_filesystem(storage.join(root, entry.path))
+    fs, inner = storage.arrow_filesystem(storage.inside(root, entry.path))
     with pq.ParquetFile(inner, filesystem=fs) as file:
         table = file.read()
     rows = {name: table.column(name).to_numpy() for name in ("user", "item", "rating")}

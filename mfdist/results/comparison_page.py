@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mfdist import __version__, storage
+from mfdist import __version__, json_tables, storage
 from mfdist.pages.charts import TONES, Interval, Level, Series, interval_chart, line_chart
 from mfdist.pages.page import day, render
 from mfdist.results import ranking_metrics
@@ -91,7 +90,7 @@ def _curves(result: Record) -> Figure:
 
 def _report_of(run: str) -> dict[str, Any]:
     path = storage.join(run, "report.json")
-    return dict(json.loads(storage.read_text(path))) if storage.exists(path) else {}
+    return json_tables.read(path, "make the run again") if storage.exists(path) else {}
 
 
 def _by_activity(runs: Sequence[Record]) -> list[Figure]:

@@ -26,10 +26,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mfdist import storage
+from mfdist import json_tables, storage
 from mfdist.data.dataset import Dataset, column_range
 from mfdist.errors import DataError
 from mfdist.results.model_card import model_card
+from mfdist.results.model_config import check_config
 
 FORMAT_VERSION = 1
 TENSORS = ("user_embedding", "item_embedding", "user_bias", "item_bias", "offset")
@@ -41,6 +42,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 Chunks = tuple[tuple[int, ...], Iterable[npt.NDArray[np.float32]]]
 
+REMEDY = "export the run again"
 _ID_SCHEMA = pa.schema([("row", pa.int64()), ("id", pa.string())])
 
 
@@ -146,19 +148,23 @@ class ExportedModel:
         if not storage.exists(storage.join(folder, "config.json")) and storage.exists(
             storage.join(run, "model.safetensors")
         ):
-            folder, run = run.rstrip("/"), run.rstrip("/").removesuffix("/model")
+            folder = storage.absolute(run.rstrip("/"))
+            run = folder.removesuffix("/model")
         path = storage.join(folder, "config.json")
         try:
-            config = json.loads(storage.read_text(path))
+            config = json_tables.read(storage.inside(folder, "config.json"), REMEDY)
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(f"{storage.redact(run)} has no exported model: {storage.redact(path)} is missing. "
                             "Let its training finish, or name another run.") from None  # fmt: skip
+        version = config.get("format_version")
+        if version != FORMAT_VERSION:
+            raise DataError(f"{storage.redact(path)} has format version {json_tables.short(version)}, this mfdist "
+                            f"reads {FORMAT_VERSION}; {REMEDY}.")  # fmt: skip
+        try:
+            check_config(config)
         except ValueError as error:
-            raise DataError(f"{storage.redact(path)} is not valid JSON ({error}); export the run again.") from None
-        if config.get("format_version") != FORMAT_VERSION:
-            raise DataError(f"{storage.redact(path)} has format version {config.get('format_version')}, this mfdist "
-                            f"reads {FORMAT_VERSION}; export the run again.")  # fmt: skip
-        tables = storage.join(folder, "model.safetensors")
+            raise json_tables.damaged(path, error, REMEDY) from None
+        tables = storage.inside(folder, "model.safetensors")
         tensors = _read_tensors(tables)
         _check_shapes(tensors, config, storage.redact(tables))
         return ExportedModel(run, folder, config, tensors)
@@ -223,9 +229,9 @@ class ExportedModel:
 
     def ids(self, side: str, first: int = 0, end: int | None = None) -> pa.ChunkedArray:
         """Original ids (strings) of rows ``first`` to ``end`` of ``side`` ('users' or 'items')."""
-        path = storage.join(self.folder, f"{side}.parquet")
+        path = storage.inside(self.folder, f"{side}.parquet")
         if side not in self._ids and storage.size(path) <= CACHED_VOCABULARY_BYTES:
-            self._ids[side] = column_range(path, "id", 0, None)
+            self._ids[side] = column_range(path, "id", 0, self.num_users if side == "users" else self.num_items)
         if side in self._ids:
             return self._ids[side].slice(first, None if end is None else end - first)
         return column_range(path, "id", first, end)
@@ -277,14 +283,15 @@ def _read_tensors(path: str) -> dict[str, Array]:
         return {name: _map_tensor(local, name, entry, 8 + length, size) for name, entry in header.items()}
     except FileNotFoundError:
         raise DataError(f"{shown} is missing; export the run again.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise DataError(f"{shown} is damaged ({error}); export the run again.") from None
 
 
 def _map_tensor(local: str, name: str, entry: dict[str, Any], start: int, size: int) -> Array:
-    begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    if entry["dtype"] != "F32" or end - begin != 4 * math.prod(shape) or start + end > size:
+    begin, end = json_tables.typed(tuple[int, int], entry["data_offsets"], f"{name}.data_offsets")
+    shape = json_tables.typed(tuple[int, ...], entry["shape"], f"{name}.shape")
+    fits = begin >= 0 <= min(shape, default=0) and end - begin == 4 * math.prod(shape) and start + end <= size
+    if entry["dtype"] != "F32" or not fits:
         raise ValueError(f"tensor {name} does not fit its file")
     if begin == end:
         return np.empty(shape, np.float32)
@@ -319,5 +326,5 @@ def write_card(run: str, report: Mapping[str, Any], validation: Mapping[str, Any
     run without an export."""
     path = model_path(run, "config.json")
     if storage.exists(path):
-        card = model_card(json.loads(storage.read_text(path)), report, validation)
+        card = model_card(json_tables.read(path, REMEDY), report, validation)
         storage.write_text(model_path(run, "README.md"), card)

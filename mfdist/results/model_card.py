@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +39,7 @@ tags:
 - recommendation
 {_index(config, report)}---
 
-# {config["model"]}, {config["dim"]} factors, on {data["name"]}
+# {plain(config["model"])}, {config["dim"]} factors, on {plain(data["name"])}
 
 A matrix factorization of {what}: {data["num_users"]:,} users, {data["num_items"]:,} items.
 
@@ -60,11 +61,11 @@ Loading runs no code from these files.
 
 ## Limits
 
-- Rows that training never touched: `cold = "{config["cold"]}"` ({_COLD[config["cold"]]}).
+- Rows that training never touched: `cold = "{code(config["cold"])}"` ({_COLD.get(config["cold"], "unknown")}).
 - An id outside the vocabulary: {unknown}.
 - The model knows who rated what, and nothing else of users or items.
 
-Dataset fingerprint `{data["fingerprint"]}`.
+Dataset fingerprint `{code(data["fingerprint"])}`.
 """
 
 
@@ -104,6 +105,16 @@ def _making(report: Mapping[str, Any] | None) -> str:
     )
 
 
+def plain(text: str) -> str:
+    """``text`` in Markdown as it stands: no markup of it, HTML included, means anything, and it stays on its line."""
+    return re.sub(r"([\\`*_\[\]<>|&#~!$])", r"\\\1", " ".join(text.split()))
+
+
+def code(text: str) -> str:
+    """``text`` between two backticks."""
+    return " ".join(text.replace("`", "'").split())
+
+
 def _card_results(report: Mapping[str, Any] | None, validation: Mapping[str, Any] | None) -> str:
     if report is None:
         return ""
@@ -111,7 +122,7 @@ def _card_results(report: Mapping[str, Any] | None, validation: Mapping[str, Any
     if not floors and final["val_rmse"] is None:
         return f"## Results\n\n{_card_ranking(report['ranking'])}"
     rows = [(f"**this model**, epoch {final['epoch']}", final["val_rmse_clipped"], final.get("val_mae_clipped"))]
-    rows += [(f"floor: {name.replace('_', ' ')}", floor["rmse"], floor["mae"]) for name, floor in floors.items()]
+    rows += [(f"floor: {plain(name.replace('_', ' '))}", floor["rmse"], floor["mae"]) for name, floor in floors.items()]
     lines = "\n".join(f"| {name} | {_figure(first)} | {_figure(second)} |" for name, first, second in rows)
     ratings = report["dataset"]["num_ratings"]
     interval = (validation or {}).get("rmse_interval")
@@ -120,7 +131,7 @@ def _card_results(report: Mapping[str, Any] | None, validation: Mapping[str, Any
         within = "The 95% interval of this model's RMSE is {:.4f} to {:.4f} (bootstrap).\n\n".format(*interval)
     return (
         f"## Results\n\nOn {ratings['val']:,} validation ratings, clipped to the scale; "
-        f"trained on {ratings['train']:,}; {final['how_chosen']}.\n\n"
+        f"trained on {ratings['train']:,}; {plain(final['how_chosen'])}.\n\n"
         f"| | RMSE | MAE |\n|---|---|---|\n{lines}\n\n{within}"
         f"{_card_ranking(report['ranking'])}"
     )

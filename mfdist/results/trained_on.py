@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
-from mfdist import storage
-from mfdist.data.dataset import Dataset
+from mfdist import json_tables, storage
+from mfdist.data.dataset import MANIFEST, Dataset
 from mfdist.errors import DataError, UsageError
 from mfdist.results.export import ExportedModel
+from mfdist.run import directory
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -17,13 +19,26 @@ else:
 
 
 def dataset_of_run(run: str) -> str:
-    """The dataset directory that RUN/config.toml names; UsageError where it names none that is there."""
+    """The dataset directory that the run was trained on: where RUN/config.toml says, else as seen from the run (both
+    were moved). UsageError where neither is a dataset that is there."""
     data = _run_config(run).get("data")
-    if data is None:
+    if not isinstance(data, str):
         raise UsageError(f"{storage.redact(run)} does not say which dataset it was trained on; give --data DIR.")
-    if not storage.exists(storage.join(data, "dataset.json")):
+    found = next((place for place in [data, *_moved_with(run)] if storage.exists(storage.join(place, MANIFEST))), None)
+    if found is None:
         raise UsageError(f"{storage.redact(run)} was trained on {data}, which is not there now; give --data DIR.")
-    return str(data)
+    return found
+
+
+def _moved_with(run: str) -> list[str]:
+    """The dataset as RUN/run.json sees it from the run directory, if it does."""
+    try:
+        path = directory.read_about(run).dataset.path
+    except (FileNotFoundError, NotADirectoryError):  # of the baseline
+        return []
+    if path is None or not (storage.is_local(path) and storage.is_local(run)):
+        return []
+    return [os.path.normpath(os.path.join(os.path.realpath(storage.local_path(run)), path))]
 
 
 def dataset_of_model(model: ExportedModel, data: str | None) -> Dataset:
@@ -35,7 +50,10 @@ def dataset_of_model(model: ExportedModel, data: str | None) -> Dataset:
 
 def sample_of_run(run: str) -> float:
     """The fraction of the users whose rows the run was made on; 1 unless RUN/config.toml says less."""
-    return float(_run_config(run).get("sample-users", 1.0))
+    try:
+        return float(json_tables.typed(float, _run_config(run).get("sample-users", 1.0), "sample-users"))
+    except ValueError as error:
+        raise json_tables.damaged(storage.join(run, "config.toml"), error, "make the run again") from None
 
 
 def check_dataset(model: ExportedModel, dataset: Dataset) -> None:
@@ -50,5 +68,5 @@ def _run_config(run: str) -> dict[str, Any]:
         return tomllib.loads(storage.read_text(storage.join(run, "config.toml")))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{storage.redact(run)}/config.toml is not valid TOML: {error}.") from None

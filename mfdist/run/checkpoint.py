@@ -21,13 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mfdist import storage
+from mfdist import json_tables, storage
 from mfdist.cluster.world import World
 from mfdist.data.dataset import checksum
 from mfdist.errors import DataError
 from mfdist.run import tensor_files
 
 COMMIT, STATE = "COMMIT", "state.json"
+REMEDY = "remove this checkpoint, and the run goes on from the one before it"
 Entries = dict[str, dict[str, Any]]
 """File name -> {"bytes", "checksum"}."""
 
@@ -139,29 +140,52 @@ def verify(folder: str, advance: Callable[[int], None] = lambda _bytes: None) ->
     """What is wrong with a committed checkpoint, a sentence a file; empty where all is well. ``advance`` is told the
     bytes of each file behind it."""
     try:
-        files = read_commit(folder)["files"]
-        named = [(str(name), int(one["bytes"]), str(one["checksum"])) for name, one in files.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"COMMIT cannot be read: {type(error).__name__}"]
+        files = read_commit(folder).files
+    except (OSError, DataError) as error:
+        return [f"COMMIT cannot be read: {error}"]
     faults = [f"{name} is not in COMMIT" for name in (tensor_files.METADATA, STATE) if name not in files]
-    for name, size, expected in named:
-        path = storage.join(folder, name)
+    for name, entry in files.items():
         try:
+            path = storage.inside(folder, name)
             if not storage.exists(path):
                 faults.append(f"{name} is missing")
-            elif storage.size(path) != size:
-                faults.append(f"{name} has {storage.size(path)} bytes instead of {size}")
-            elif checksum(path) != expected:
+            elif storage.size(path) != entry.bytes:
+                faults.append(f"{name} has {storage.size(path)} bytes instead of {entry.bytes}")
+            elif checksum(path) != entry.checksum:
                 faults.append(f"{name} has another checksum")
-            advance(size)
+            advance(entry.bytes)
+        except DataError as error:
+            faults.append(str(error))
         except OSError as error:
             faults.append(f"{name} cannot be read: {error.strerror or type(error).__name__}")
     return faults
 
 
-def read_commit(folder: str) -> dict[str, Any]:
-    """What COMMIT says: step, time, world_size, files."""
-    found: dict[str, Any] = json.loads(storage.read_text(storage.join(folder, COMMIT)))
+@dataclass(frozen=True)
+class Entry:
+    """A file of a checkpoint."""
+
+    bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What COMMIT says."""
+
+    step: int
+    time: float
+    world_size: int
+    files: dict[str, Entry]
+
+
+def read_commit(folder: str) -> Commit:
+    """DataError where it cannot be one."""
+    path = storage.inside(folder, COMMIT)
+    try:
+        found: Commit = json_tables.typed(Commit, json_tables.read(path, REMEDY), "")
+    except ValueError as error:
+        raise json_tables.damaged(path, error, REMEDY) from None
     return found
 
 
@@ -169,5 +193,8 @@ def read_state(folder: str) -> dict[str, Any]:
     """The JSON part of a checkpoint; DataError where ``folder`` is no committed checkpoint."""
     if not storage.exists(storage.join(folder, COMMIT)):
         raise DataError(f"{storage.redact(folder)} is no checkpoint: it has no {COMMIT}.")
-    state: dict[str, Any] = json.loads(storage.read_text(storage.join(folder, STATE)))
-    return state
+    path = storage.inside(folder, STATE)
+    try:
+        return json_tables.read(path, REMEDY)
+    except FileNotFoundError:
+        raise DataError(f"{storage.redact(path)} is missing; {REMEDY}.") from None

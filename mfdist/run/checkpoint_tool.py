@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from mfdist import storage
 from mfdist.config import flag, positional
 from mfdist.errors import DataError, UsageError
 from mfdist.log import Console
-from mfdist.run import checkpoint
+from mfdist.run import checkpoint, directory
 from mfdist.run.checkpoint import Retention
 from mfdist.run.lease import Lease
 
@@ -54,10 +53,10 @@ def _list(config: HousekeepingConfig, run: str, say: Say) -> None:
             continue
         try:
             about = checkpoint.read_commit(checkpoint.folder_of(run, step))
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(about["time"]))
-            size = sum(one["bytes"] for one in about["files"].values())
-            say(f"{step:>10}  {when}  {about['world_size']:>5}  {len(about['files']):>5}  {size:>15,}")
-        except (ValueError, KeyError, TypeError, AttributeError):
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(about.time))
+            size = sum(one.bytes for one in about.files.values())
+            say(f"{step:>10}  {when}  {about.world_size:>5}  {len(about.files):>5}  {size:>15,}")
+        except (DataError, ValueError, OverflowError, OSError):  # no COMMIT, or a time that no clock shows
             say(f"{step:>10}  its COMMIT cannot be read")
 
 
@@ -80,21 +79,24 @@ def _verify(config: HousekeepingConfig, run: str, say: Say) -> None:
 def _bytes_of(run: str, step: int) -> int:
     """Of a checkpoint's files; 0 where its COMMIT cannot be read, which :func:`checkpoint.verify` will say."""
     try:
-        files = checkpoint.read_commit(checkpoint.folder_of(run, step))["files"].values()
-        return sum(int(one["bytes"]) for one in files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return sum(one.bytes for one in checkpoint.read_commit(checkpoint.folder_of(run, step)).files.values())
+    except (OSError, DataError):
         return 0
 
 
 def _prune(config: HousekeepingConfig, run: str, say: Say) -> None:
     """By the run's own rule where no flag says otherwise; the epoch that the stop rows chose stays in any case."""
-    stored = json.loads(storage.read_text(storage.join(run, "run.json")))["config"]
-    last = config.keep if config.keep is not None else stored.get("keep", 3)
-    every = config.keep_every if config.keep_every is not None else stored.get("keep_every")
+    stored = directory.read_about(run).config
+    last = config.keep if config.keep is not None else _count(stored.get("keep")) or 3
+    every = config.keep_every if config.keep_every is not None else _count(stored.get("keep_every"))
     with Lease(run, say):
         gone = checkpoint.prune(run, Retention(last, every), _chosen(run))
         storage.remove(checkpoint.spare_of(run))
     say(f"removed {len(gone)}, kept {len(checkpoint.committed_steps(run))}")
+
+
+def _count(value: object) -> int | None:
+    return value if type(value) is int and value > 0 else None
 
 
 def _chosen(run: str) -> int | None:
@@ -103,10 +105,8 @@ def _chosen(run: str) -> int | None:
         try:
             state = checkpoint.read_state(checkpoint.folder_of(run, step))
             errors, epochs = state["progress"]["stop_rmse"], state["progress"]["epoch"]
-        except (OSError, ValueError, KeyError, TypeError):
+            per_epoch = (state["progress"]["step"] - state["progress"]["step_in_epoch"]) // max(epochs, 1)
+            return int((errors.index(min(errors)) + 1) * per_epoch) if errors else None
+        except (OSError, DataError, ValueError, KeyError, TypeError, AttributeError):
             continue
-        if not errors:
-            return None
-        per_epoch = (state["progress"]["step"] - state["progress"]["step_in_epoch"]) // max(epochs, 1)
-        return int((errors.index(min(errors)) + 1) * per_epoch)
     return None

@@ -6,13 +6,14 @@ import dataclasses
 import json
 from typing import Any
 
-from mfdist import storage
+from mfdist import json_tables, storage
 from mfdist.config import to_toml
 from mfdist.data.dataset import Dataset
 from mfdist.errors import UsageError
 from mfdist.run import checkpoint
 from mfdist.run.lease import LEASE
 
+REMEDY = "name another --run-dir, or give --overwrite"
 RUNS, BUILTIN = "runs", "data/builtin"
 OWN = ("config.toml", "run.json", "metrics.jsonl", "report.json", "report.html", "validation.json", "loss.png",
        "trackers.json", "tensorboard", "checkpoints", "model", "STOP")  # fmt: skip
@@ -31,7 +32,8 @@ def numbered(restarted: bool) -> str:
 def prepare(
     run: str, config: Any, dataset: Dataset, *, job: str, resume: str, overwrite: bool
 ) -> dict[str, Any] | None:
-    """Make ``run`` ready for ``job``; rank 0 calls. Returns run.json of the run to be continued, None of a new one.
+    """Make ``run`` ready for ``job``; rank 0 calls. Returns the configuration of the run to be continued, None of a
+    new one.
 
     UsageError where the folder holds another dataset's run, another job's, or (with ``resume`` never) any run at all.
     """
@@ -51,16 +53,17 @@ def prepare(
         raise UsageError(
             f"{shown} holds a run and --resume is never; give --overwrite to remove it, or another --run-dir."
         )
-    before: dict[str, Any] = json.loads(storage.read_text(held))
-    if before["job"] != job:
-        raise UsageError(f"{shown} holds a run of the job {before['job']}; choose another --run-dir.")
-    if before["dataset"]["fingerprint"] != dataset.manifest.fingerprint:
+    before = read_about(run)
+    if before.job != job:
+        raise UsageError(f"{shown} holds a run of the job {json_tables.short(before.job)}; choose another --run-dir.")
+    if before.dataset.fingerprint != dataset.manifest.fingerprint:
+        name = json_tables.short(before.dataset.name)
         raise UsageError(
-            f"{shown} is a run on the dataset {before['dataset']['name']} ({before['dataset']['fingerprint'][:12]}), "
+            f"{shown} is a run on the dataset {name} ({before.dataset.fingerprint[:12]}), "
             f"{storage.redact(dataset.path)} is {dataset.manifest.name} ({dataset.manifest.fingerprint[:12]}); "
             "choose another --run-dir, or --overwrite."
         )
-    return before
+    return before.config
 
 
 def update(run: str, config: Any, dataset: Dataset, job: str) -> None:
@@ -71,7 +74,35 @@ def update(run: str, config: Any, dataset: Dataset, job: str) -> None:
 def finished_epochs(run: str) -> int | None:
     """Epochs of a finished run, None of an unfinished one."""
     path = storage.join(run, "report.json")
-    return len(json.loads(storage.read_text(path))["epochs"]) if storage.exists(path) else None
+    return len(json_tables.field(path, "epochs", list[Any], REMEDY)) if storage.exists(path) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedOn:
+    """The dataset of a run; ``path`` is as seen from the run directory, None in a run of an earlier version."""
+
+    name: str
+    fingerprint: str
+    path: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What run.json says."""
+
+    job: str
+    dataset: TrainedOn
+    config: dict[str, Any]
+
+
+def read_about(run: str) -> About:
+    """FileNotFoundError where there is no run.json, DataError where it is damaged."""
+    path = storage.join(run, "run.json")
+    try:
+        found: About = json_tables.typed(About, json_tables.read(path, REMEDY), "")
+    except ValueError as error:
+        raise json_tables.damaged(path, error, REMEDY) from None
+    return found
 
 
 def newest_checkpoint_step(run: str) -> int | None:
@@ -80,13 +111,14 @@ def newest_checkpoint_step(run: str) -> int | None:
 
 
 def _write(run: str, config: Any, dataset: Dataset, job: str) -> None:
-    about = {
+    about = {  # the dataset's path as seen from here: config.toml's is lost where both were moved
         "job": job,
-        "dataset": {"name": dataset.manifest.name, "fingerprint": dataset.manifest.fingerprint},
+        "dataset": {"name": dataset.manifest.name, "fingerprint": dataset.manifest.fingerprint,
+                    "path": storage.redact(storage.seen_from(dataset.path, run))},
         "config": {
             key: storage.redact(v) if isinstance(v, str) else v for key, v in dataclasses.asdict(config).items()
         },
-    }
+    }  # fmt: skip
     storage.make_dirs(run)
     storage.write_text(storage.join(run, "config.toml"), to_toml(config))
     storage.write_text(storage.join(run, "run.json"), json.dumps(about, indent=1))

@@ -12,9 +12,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from mfdist import storage
+from mfdist import process, storage
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 DEADLINE_MARGIN_SECONDS = 60.0
 
 
@@ -48,7 +47,7 @@ class StopWatch:
             storage.remove(self._stop_file)
 
     def __enter__(self) -> StopWatch:
-        for number in SIGNALS:
+        for number in process.stop_signals():
             self._previous[number] = signal.signal(number, self._receive)
         return self
 

@@ -87,8 +87,11 @@ class _Reader(dcp.FileSystemReader):
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
-        with storage.open_read(storage.join(folder, METADATA)) as stream:
-            self.about = _metadata(stream, folder)
+        try:
+            with storage.open_read(storage.inside(folder, METADATA)) as stream:
+                self.about = _metadata(stream, folder)
+        except FileNotFoundError:
+            raise DataError(f"{storage.redact(folder)}/{METADATA} is missing.") from None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> form.Metadata:
         return self.about
@@ -103,20 +106,23 @@ def _reader(folder: str) -> _Reader:
 
 
 def _sizes(reader: _Reader) -> dict[str, tuple[int, ...]]:
-    described = reader.about.state_dict_metadata
-    return {name: tuple(getattr(one, "size", ())) for name, one in described.items()}
+    return {name: tuple(getattr(one, "size", ())) for name, one in reader.about.state_dict_metadata.items()}
 
 
 def _metadata(stream: IO[bytes], folder: str) -> form.Metadata:
     """DataError where the file is no metadata, or asks for more than metadata needs."""
     try:
         found = _Unpickler(stream).load()
-        files = {place.relative_path for place in found.storage_data.values()}
+        files = {str(place.relative_path) for place in found.storage_data.values()}
+        for name, one in found.state_dict_metadata.items():
+            str(name), tuple(getattr(one, "size", ()))
     except Exception as error:  # a pickle from anywhere fails in any way
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{storage.redact(folder)}/{METADATA} is no checkpoint's metadata ({reason}).") from None
     if not isinstance(found, form.Metadata) or any("/" in file or not file.endswith(".distcp") for file in files):
         raise DataError(f"{storage.redact(folder)}/{METADATA} points to files outside of its folder.")
+    for file in files:
+        storage.inside(folder, file)
     return found
 
 

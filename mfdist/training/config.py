@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from mfdist import storage
 from mfdist.config import Follows, flag, parse_pair, parse_range, read_toml
 from mfdist.data.dataset import Manifest
 from mfdist.errors import UsageError
@@ -335,6 +336,17 @@ class TrainConfig:
         ranking_flags.check_absent(values)
         return settled(values)
 
+    @property
+    def resume_path(self) -> str | None:
+        """The checkpoint that ``resume`` names, if it does."""
+        return None if self.resume in ("auto", "never") else self.resume
+
+    def found_from_anywhere(self) -> TrainConfig:
+        """The same with what it reads named by absolute paths: the run is stored so, and goes on in another folder."""
+        places = {"data": self.data, "init_from": self.init_from, "resume": self.resume_path}
+        found: dict[str, Any] = {name: storage.absolute(path) for name, path in places.items() if path is not None}
+        return replace(self, **found)
+
     def form(self, manifest: Manifest) -> Form:
         """What predictions are computed from, on this dataset."""
         advanced = self.model == "mf_advanced"
@@ -386,8 +398,13 @@ def changes(before: dict[str, Any], now: TrainConfig) -> dict[str, tuple[Any, An
     return {
         key: (before[key], value)
         for key, value in after.items()
-        if key in before and key not in PLACES and _plain(before[key]) != _plain(value)
+        if key in before and key not in PLACES and _plain(_found(key, before[key])) != _plain(_found(key, value))
     }
+
+
+def _found(key: str, value: Any) -> Any:
+    """A run that begins another, by the path that finds it from any folder (a run of 0.1 kept it as it was given)."""
+    return storage.absolute(value) if key == "init_from" and value is not None else value
 
 
 def check_changes(before: dict[str, Any], now: TrainConfig, finished: bool = False) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mfdist import storage
+from mfdist import json_tables, storage
 from mfdist.cluster.world import World
 from mfdist.config import to_dict
 from mfdist.data.dataset import Dataset
@@ -43,6 +43,8 @@ T = TypeVar("T")
 
 
 Shares = tuple[Floats32, Floats32]
+Columns = dict[str, dict[str, tuple[int, int]]]
+"""Of a table: stored block -> key of ``Rows.tensors()`` -> its first and one past its last column in the block."""
 
 
 @dataclass
@@ -162,10 +164,8 @@ def _shares(dataset: Dataset, user: Table) -> Shares:
 def restore_or_initialise(session: Session, listen: Callable[[Record], None] | None = None) -> None:
     """Take the newest good checkpoint, or the initial values. ``listen``: gets the records kept, and those to come."""
     config, world, run = session.config, session.world, session.run
-    folder = None
-    if config.resume not in ("auto", "never"):
-        folder = config.resume
-    else:
+    folder = config.resume_path
+    if folder is None:
         step = checkpoint.newest_good(run, world, session.console.warn)
         folder = checkpoint.folder_of(run, step) if step is not None else None
     if folder is not None:
@@ -177,16 +177,18 @@ def restore_or_initialise(session: Session, listen: Callable[[Record], None] | N
             begin_with(config.init_from, session.model, session.dataset, config.seed)
     path = storage.join(run, "metrics.jsonl") if world.is_main else None
     session.metrics = MetricsLog(path, session.progress.step if folder else None, listen)
+    session.console.instead(lambda text: session.metrics.write("console", step=session.progress.step, text=text))
     kind = "resume" if folder else "start"
     session.metrics.write(kind, step=session.progress.step, epoch=session.progress.shown_epoch, world_size=world.size)
 
 
 def _restore(session: Session, folder: str) -> None:
-    state = session.world.first_error(lambda: checkpoint.read_state(folder))
-    epoch, step = session.loader.check_state(state["loader"])
+    state = session.world.first_error(lambda: read_state(folder))
+    epoch, step = session.loader.check_state(state.loader)
+    if (epoch, step) != (state.progress.epoch, state.progress.step_in_epoch) or state.progress.step < 0:
+        raise json_tables.damaged(folder, "its loader and its progress are at different steps", checkpoint.REMEDY)
     load(session, folder, state)
-    session.progress = Progress(**state["progress"])
-    assert (epoch, step) == (session.progress.epoch, session.progress.step_in_epoch)
+    session.progress = state.progress
     session.model.user.step = session.model.item.step = session.saved_step = session.progress.step
     if session.config.sharding == "replicated":
         session.model.user.settle()
@@ -194,9 +196,32 @@ def _restore(session: Session, folder: str) -> None:
     session.console.info(f"continuing at epoch {epoch + 1}, step {step} from {storage.redact(folder)}")
 
 
-def load(session: Session, folder: str, state: dict[str, Any] | None = None) -> None:
+@dataclass(frozen=True)
+class State:
+    """What ``state.json`` of a checkpoint says."""
+
+    loader: dict[str, Any]
+    progress: Progress
+    config: dict[str, Any]
+    columns: dict[str, Columns]
+    world_size: int
+
+
+def read_state(folder: str) -> State:
+    """DataError where ``folder`` is no committed checkpoint, or a damaged one."""
+    table = checkpoint.read_state(folder)
+    try:
+        state: State = json_tables.typed(State, table, "")
+        if set(state.columns) != {"user", "item"}:
+            raise ValueError("columns are not of users and items")
+    except ValueError as error:
+        raise json_tables.damaged(folder, error, checkpoint.REMEDY) from None
+    return state
+
+
+def load(session: Session, folder: str, state: State | None = None) -> None:
     """Fill the tables and the offset from a checkpoint of any number of ranks and either placement."""
-    columns = (state or session.world.first_error(lambda: checkpoint.read_state(folder)))["columns"]
+    columns = (state or session.world.first_error(lambda: read_state(folder))).columns
     session.world.first_error(lambda: _load(session, folder, columns))
 
 
@@ -226,12 +251,11 @@ def _load_columns(folder: str, name: str, table: Table, parts: range, columns: C
             tensor_files.read(folder, {full: held})
             for key, (first, end) in keys.items():
                 target = targets[key]
+                fits = held.ndim == 2 and 0 <= first <= end <= held.shape[1]
+                if not fits or (end - first) * len(held) != target.numel():
+                    raise DataError(f"{storage.redact(folder)}: {full} does not hold what its columns say.")
                 value = held[:, first:end].contiguous().view(target.dtype)
                 target.copy_(value.view(target.shape))
-
-
-Columns = dict[str, dict[str, list[int]]]
-"""Of a table: stored block -> key of ``Rows.tensors()`` -> its first and one past its last column in the block."""
 
 
 def checkpoint_tensors(session: Session, every_part: bool) -> tensor_files.Tensors:
@@ -271,9 +295,9 @@ def _columns(table: Table) -> Columns:
     rows = table.rows
     widths = {key: tensor[0:1].numel() for key, tensor in rows.tensors().items()}
     if rows.weight.stride(0) <= rows.weight.shape[1]:
-        return {key: {key: [0, width]} for key, width in widths.items()}
+        return {key: {key: (0, width)} for key, width in widths.items()}
     firsts = {key: int(tensor.storage_offset()) for key, tensor in rows.tensors().items()}
-    return {"rows": {key: [first, first + widths[key]] for key, first in firsts.items()}}
+    return {"rows": {key: (first, first + widths[key]) for key, first in firsts.items()}}
 
 
 def save(session: Session) -> None:

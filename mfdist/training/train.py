@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mfdist import compilation, storage
+from mfdist import compilation, json_tables, storage
 from mfdist.cluster.world import World
 from mfdist.config import to_dict
 from mfdist.data.dataset import Dataset
@@ -63,6 +62,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     dataset = Dataset.open(config.data)
     if not dataset.manifest.num_ratings["train"]:
         raise DataError(f"{storage.redact(dataset.path)} has no training ratings.")
+    dataset.check_vocabularies()
     with console.busy("counting the ratings of users and items"):
         config, dataset = fitted(config, dataset, world)
     check_memory(config, dataset.manifest, world)
@@ -176,7 +176,7 @@ def _with_places(config: TrainConfig, world: World, console: Console) -> TrainCo
     data, run = settled
     if config.run_dir is None:
         console.info(f"run directory: {run}")
-    return dataclasses.replace(config, data=data, run_dir=run)
+    return dataclasses.replace(config, data=data, run_dir=run).found_from_anywhere()
 
 
 def _builtin_data(console: Console) -> str:
@@ -217,9 +217,9 @@ def _open_run(config: TrainConfig, dataset: Dataset, world: World, console: Cons
                 config.run_dir, config, dataset, job="train", resume=config.resume, overwrite=config.overwrite
             )
             done = directory.finished_epochs(config.run_dir)
-            lines = check_changes(before["config"], config, done is not None) if before else []
+            lines = check_changes(before, config, done is not None) if before is not None else []
             finished = done is not None and (done >= config.epochs or _ended_early(config.run_dir))
-            if before and not finished:
+            if before is not None and not finished:
                 directory.update(config.run_dir, config, dataset, "train")
             outcome = (lines, finished)
         except Exception as error:
@@ -237,7 +237,8 @@ def _open_run(config: TrainConfig, dataset: Dataset, world: World, console: Cons
 
 def _ended_early(run: str) -> bool:
     """Whether a finished run ended by its patience: more epochs would not continue it."""
-    return bool(json.loads(storage.read_text(storage.join(run, "report.json")))["config"].get("patience"))
+    path = storage.join(run, "report.json")
+    return bool(json_tables.field(path, "config", dict[str, Any], directory.REMEDY).get("patience"))
 
 
 def _open_loader(config: TrainConfig, dataset: Dataset, world: World) -> Loader:

@@ -1,0 +1,116 @@
+"""A process and what surrounds it: signals that ask it to stop, a console that may be gone, the letters of a path."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+"""What the launcher passes on to its workers, and what a job answers by keeping what it has and ending with 75."""
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Those of ``STOP_SIGNALS`` that this process answers: not SIGHUP where it was started to ignore it (nohup)."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in STOP_SIGNALS if not (ignored and number is signal.SIGHUP))
+
+
+# The console --------------------------------------------------------------------------------------
+
+GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.ECONNRESET)
+"""What writing to a pipe without a reader (``train | head``) or to a closed terminal raises."""
+
+
+class _Stream:
+    """A text stream that takes everything and shows nothing once its reader is gone."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, call: Any) -> None:
+        try:
+            call()
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            silence(self)
+
+    gone = False
+    """Whether something could not be shown."""
+
+
+def silence(stream: Any) -> None:
+    """Let what is written to a text stream go nowhere from now on, what it still holds included: it is ``gone``."""
+    with contextlib.suppress(AttributeError):
+        stream.gone = True
+    with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor holds nothing back
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, stream.fileno())
+        finally:
+            os.close(nowhere)
+    with contextlib.suppress(OSError, ValueError):
+        stream.flush()
+
+
+def visible(text: str) -> str:
+    """``text`` without what steers a terminal: names and ids come from anywhere."""
+    return _STEERING.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@contextlib.contextmanager
+def lasting_console() -> Iterator[None]:
+    """Within the block stdout and stderr never fail for want of a reader, or for a letter that they do not have."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    with contextlib.ExitStack() as stack:
+        streams = [stream or stack.enter_context(open(os.devnull, "w")) for stream in before]
+        sys.stdout, sys.stderr = map(_Stream, streams)
+        try:
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(ValueError):  # closed by now
+                    stream.flush()
+            sys.stdout, sys.stderr = before
+
+
+# Letters ------------------------------------------------------------------------------------------
+
+
+def use_utf8() -> None:
+    """Start this program again in Python's UTF-8 mode where its locale has another encoding, with the same pid.
+
+    Arrow and our own files name paths in UTF-8. A locale of ASCII or Latin-1 would have Python and Arrow look for two
+    different files under one name, and could not show either.
+    """
+    if sys.getfilesystemencoding().lower() in ("utf-8", "utf8") or os.environ.get("PYTHONUTF8") == "1":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *_without_utf8_option(sys.orig_argv[1:])])
+
+
+def _without_utf8_option(words: list[str]) -> list[str]:
+    return [word for word in words if word != "-Xutf8=0"]
