@@ -29,6 +29,7 @@ takes `--config`, a TOML file that sets any of its flags; the command line wins.
 |---|---|
 | 0 | done |
 | 75 | stopped by request, what is finished is kept: run the same command again |
+| 128 + a signal | stopped by that signal before there was anything to keep: run the same command again |
 | 2 | bad usage or configuration |
 | 3 | bad data |
 | 4 | the loss became NaN or infinite |

@@ -9,7 +9,11 @@ from typing import Any
 
 import yaml
 
+from mfdist.process import STOP_SIGNALS
+
 Manifest = dict[str, Any]
+BY_REQUEST = {75, *(128 + number for number in STOP_SIGNALS)}
+"""What the launcher ends with after a request to stop, with a checkpoint written for it or before there was one."""
 MERGE_KEYS = {"containers": "name", "env": "name", "volumes": "name", "volumeMounts": "mountPath", "ports": "name"}
 
 
@@ -115,8 +119,8 @@ def lint_retries(job: Manifest) -> list[str]:
     if not {2, 3, 4, 5} <= codes["FailJob"]:
         faults.append("exit codes 2, 3, 4 and 5 must fail the job")
     launched = "mfdist.launch" in containers(job)[0]["command"]
-    if launched and 75 not in codes["Ignore"]:
-        faults.append("exit code 75 must be ignored")
+    if launched and not BY_REQUEST <= codes["Ignore"]:
+        faults.append(f"exit codes {sorted(BY_REQUEST)} must be ignored: each is a stop by request")
     if codes["Ignore"] & (codes["FailJob"] | {0, 1}):
         faults.append("an exit code is ignored that must not be")
     if rules and pod.get("restartPolicy") != "Never":

@@ -27,6 +27,7 @@ from pods import missing as no_namespaces
 from mfdist.cluster.world import World
 from mfdist.errors import MfdistError
 from mfdist.log import Console
+from mfdist.process import STOP_SIGNALS
 from mfdist.run import checkpoint
 from mfdist.training.config import TrainConfig
 from mfdist.training.train import train
@@ -206,7 +207,7 @@ def test_kill_from_outside(data, expected, tmp_path, whom):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_gives_75_and_the_rest_follows(data, expected, tmp_path, number):
     run = tmp_path / "run"
     process = start(data, run, flags=["--checkpoint-every=3"])

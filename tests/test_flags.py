@@ -11,7 +11,7 @@ import pytest
 from torch.distributed import run as torchrun
 
 from mfdist.__main__ import JOBS
-from mfdist.config import read_toml
+from mfdist.config import MEANINGS, parse_config, read_toml
 from mfdist.errors import UsageError
 from mfdist.training.config import TrainConfig
 
@@ -53,3 +53,30 @@ def test_a_file_wins_over_a_ready_configuration(tmp_path: Path, monkeypatch: pyt
     assert read_toml(TrainConfig, "quick.toml") == read_toml(TrainConfig, "quick")
     Path("quick.toml").write_text("epochs = 77\n")
     assert read_toml(TrainConfig, "quick.toml") == {"epochs": 77}
+
+
+@pytest.mark.parametrize(
+    ("job", "given", "meant"),
+    [
+        ("train", "--learning-rate", "--lr"), ("train", "--embedding_dim", "--emb-dim"), ("train", "--reg", "--l2"),
+        ("train", "--random-state", "--seed"), ("train", "--output-dir", "--run-dir"), ("train", "--epoch", "--epochs"),
+        ("train", "--dataset", "--data"), ("train", "--n-factors", "--emb-dim"), ("baseline", "--k", "--factors"),
+        ("recommend", "--k", "--top-k"), ("recommend", "--output", "--out"),
+        ("prepare", "--test-size", "--val-fraction"),
+        ("prepare", "--mem=4GiB", "--memory"), ("plan", "--world-size", "--ranks"), ("predict", "--model", "--run-dir"),
+    ],
+)  # fmt: skip
+def test_an_unknown_flag_is_answered_with_the_one_that_means_it(job: str, given: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=rf"Did you mean '{meant}'\?"):
+        parse_config(config_class(job), [given, "1"], "")
+
+
+def test_an_unknown_key_is_answered_with_the_one_that_means_it(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("learning_rate = 0.1\n")
+    with pytest.raises(UsageError, match=r"unknown key 'learning_rate'. Did you mean 'lr'\?"):
+        read_toml(TrainConfig, str(tmp_path / "c.toml"))
+
+
+def test_what_a_flag_is_called_elsewhere_is_said_of_a_flag_that_there_is() -> None:
+    known = {field.name.replace("_", "-") for job in JOBS for field in dataclasses.fields(config_class(job))}
+    assert {flag for flags in MEANINGS for flag in flags.split()} <= known

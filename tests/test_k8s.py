@@ -63,6 +63,7 @@ BREAKS: dict[str, tuple[Callable[[Manifest, Manifest, Manifest], Any], str]] = {
     "restart policy": (lambda j, s, c: pod_spec(j).update(restartPolicy="OnFailure"), "restartPolicy"),
     "replacement": (lambda j, s, c: j["spec"].update(podReplacementPolicy="TerminatingOrFailed"), "ReplacementPolicy"),
     "75 counted": (lambda j, s, c: rules(j).pop(1), "75"),
+    "143 counted": (lambda j, s, c: rules(j)[1]["onExitCodes"]["values"].remove(143), "stop by request"),
     "3 retried": (lambda j, s, c: rules(j)[2]["onExitCodes"]["values"].remove(3), "must fail"),
     "1 ignored": (lambda j, s, c: rules(j)[1]["onExitCodes"]["values"].append(1), "ignored"),
     "eviction": (lambda j, s, c: rules(j).pop(0), "evicted"),

@@ -13,6 +13,7 @@ import pytest
 
 from mfdist.cluster import launch
 from mfdist.errors import UsageError, exit_code_of
+from mfdist.process import STOP_SIGNALS
 
 # argv[1]: a folder for notes; argv[2 + rank]: what this rank does.
 WORKER = """
@@ -32,7 +33,7 @@ def stop(number, frame):
     os._exit(75)
 
 if action in ("wait", "slow"):
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
         signal.signal(number, stop)
 note(f"rank{rank}-omp{os.environ['OMP_NUM_THREADS']}")
 note(f"rank{rank}-started")
@@ -120,7 +121,7 @@ def test_a_crash_is_restarted_and_a_final_code_is_not(worker: str, tmp_path: Pat
         assert len((tmp_path / "rank0-started").read_text().split()) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_reaches_every_worker_once_and_gives_75(worker: str, tmp_path: Path, number: signal.Signals) -> None:
     process = start(worker, tmp_path, "wait", "wait")
     process.send_signal(number)
@@ -151,11 +152,36 @@ def test_workers_that_do_not_stop_are_killed_after_the_time_out(worker: str, tmp
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
-    assert (process.returncode, no_worker_left(tmp_path)) == (75, True)
+    assert (process.returncode, no_worker_left(tmp_path)) == (143, True)
     assert time.monotonic() - began < 10
 
 
-def test_a_signal_while_waiting_for_the_other_hosts_gives_75(worker: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_worker_that_answers_no_signal_promises_no_checkpoint(
+    worker: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start(worker, tmp_path, "deaf", "deaf")
+    process.send_signal(number)
+    _, text = process.communicate(timeout=30)
+    assert (process.returncode, no_worker_left(tmp_path)) == (128 + number, True)
+    assert f"{number.name} received, exit code {128 + number}; no checkpoint was written for it" in text
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(worker: str, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start(worker, tmp_path, "wait")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1.5)
+    assert process.poll() is None and not (tmp_path / "rank0-SIGHUP").exists()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+
+
+def test_a_signal_while_waiting_for_the_other_hosts_gives_its_own_code(worker: str, tmp_path: Path) -> None:
     flags = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-conf=is_host=1"]
     command = [sys.executable, "-m", "mfdist.launch", *flags, "--nproc-per-node=1", worker, str(tmp_path), "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -166,7 +192,7 @@ def test_a_signal_while_waiting_for_the_other_hosts_gives_75(worker: str, tmp_pa
         time.sleep(0.05)
     process.send_signal(handled)
     process.communicate(timeout=30)
-    assert process.returncode == 75
+    assert process.returncode == 128 + handled
     assert not (tmp_path / "rank0-started").exists()
 
 
@@ -187,11 +213,11 @@ def test_the_first_failure_is_the_cause(codes: list[int], expected: int) -> None
 
 @pytest.mark.parametrize(
     ("codes", "expected"),
-    [([], 75), ([0, 0], 0), ([0, 75], 75), ([75, 75], 75), ([-9, 75], 75), ([-15], 75), ([130], 75), ([1, 75], 1),
-     ([2, 75], 2)],
+    [([], 143), ([0, 0], 0), ([0, 75], 75), ([75, 75], 75), ([-9, 75], 75), ([-15], 143), ([-9, 0], 143), ([130], 143),
+     ([1, 75], 1), ([2, 75], 2)],
 )  # fmt: skip
 def test_after_a_signal(codes: list[int], expected: int) -> None:
-    assert launch.code_after_signal(codes) == expected
+    assert launch.code_after_signal(codes, signal.SIGTERM) == expected
 
 
 def test_threads_are_shared_out(worker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mfdist"
 
-TOP = "errors storage config log metrics compilation loading"
+TOP = "errors storage config log metrics compilation loading process json_tables"
 ROOMS = {
     "kernels": "",
     "cluster": f"kernels {TOP}",
@@ -24,20 +24,22 @@ ROOMS = {
     "model": f"data cluster kernels {TOP}",
     "run": f"data cluster {TOP}",
     "results": f"prepare pages run model data cluster kernels {TOP}",
-    "synthetic": f"prepare data {TOP}",
+    "synthetic": f"prepare data kernels {TOP}",
     "baseline": f"results run data cluster {TOP}",
     "training": f"results synthetic run model data cluster kernels {TOP}",
     "planning": f"training results synthetic prepare run model data cluster kernels {TOP}",
     "api": f"results prepare data {TOP}",
     "jobs": f"planning training baseline results synthetic prepare run model data cluster kernels api {TOP}",
-    "errors": "",
+    "errors": "process",
     "storage": "errors",
     "config": "errors storage",
     "compilation": "",
     "loading": "",
-    "log": "errors storage compilation",
+    "log": "errors storage compilation process",
     "metrics": "",
     "launch": "cluster errors loading",
+    "process": "",
+    "json_tables": "errors storage",
     "__main__": f"jobs cluster {TOP}",
     "__init__": "api",
 }

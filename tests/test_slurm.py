@@ -44,9 +44,13 @@ def fake_slurm(folder: Path, code: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"), [(75, 0, True), (75, 20, False), (0, 0, False), (2, 0, False)]
-)
-def test_only_75_is_requeued_and_that_not_for_ever(tmp_path: Path, code: int, restarts: int, requeued: bool) -> None:
+    ("code", "restarts", "requeued"),
+    [(75, 0, True), (75, 20, False), (138, 0, True), (143, 0, True), (143, 20, False), (0, 0, False), (1, 0, False),
+     (2, 0, False)],
+)  # fmt: skip
+def test_only_a_stop_by_request_is_requeued_and_that_not_for_ever(
+    tmp_path: Path, code: int, restarts: int, requeued: bool
+) -> None:
     env = fake_slurm(tmp_path, code) | {"SLURM_RESTART_COUNT": str(restarts)}
     result = subprocess.run(["bash", str(SCRIPTS / "train.sbatch"), "--data", "d"], env=env, cwd=tmp_path)
     calls = (tmp_path / "calls").read_text()

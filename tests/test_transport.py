@@ -16,7 +16,8 @@ import torch
 from ranks import run_ranks
 
 from mfdist.cluster import connecting, transport
-from mfdist.cluster.connecting import HELLO, MAGIC, Listener, _proof, call, connect, own_address
+from mfdist.cluster.addresses import own_address
+from mfdist.cluster.connecting import HELLO, MAGIC, Listener, _proof, call, connect
 from mfdist.cluster.transport import DATA, PULSE, Address, Transport
 from mfdist.errors import LostRankError, MfdistError, UsageError
 from mfdist.kernels import sockets

@@ -3,10 +3,13 @@
 It runs torchrun's own agent and takes its flags and ``PET_*`` variables. What differs:
 
 * The exit code is the workers' own (see ``mfdist.errors``), where torchrun turns every failure into 1.
-* SIGUSR1 is passed on to the workers like SIGTERM and SIGINT; torchrun dies of it and leaves them behind.
-  After a signal the exit code is 75, unless the workers finished (0) or failed by themselves.
+* SIGUSR1 is passed on to the workers like SIGTERM, SIGINT, SIGHUP and SIGQUIT; torchrun dies of it and leaves them
+  behind. After a signal the exit code is 75 where a worker ended so (its checkpoint is written), the workers' own where
+  they finished (0) or failed by themselves, else 128 + the signal's number. Under nohup SIGHUP stays ignored.
 * Workers that end with 75, 2, 3, 4 or 5 are not restarted by ``--max-restarts``: it would not help.
 * ``OMP_NUM_THREADS`` is the usable cores divided by the workers of this host, where it is not set.
+* The workers of one host meet by a file in a private folder and by 127.0.0.1: nothing listens to other hosts, no name
+  has to resolve, and any number of launches goes side by side. Ports and endpoints given for one host are not used.
 * With ``--rdzv-backend=c10d`` the host with index 0 of a Kubernetes Indexed Job or a Slurm step keeps the
   rendezvous store; torchrun compares host names instead, and where they differ in form nobody keeps it.
 
@@ -33,6 +36,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
+from mfdist.cluster import meeting
 from mfdist.errors import (
     ComparisonError,
     DataError,
@@ -41,12 +45,14 @@ from mfdist.errors import (
     StopRequested,
     UsageError,
 )
+from mfdist.process import STOP_SIGNALS, stop_signals
 
 JOBS_OF_RANKS = ("train", "evaluate", "recommend", "predict", "similar")
 """Jobs that may be given by their name instead of a script: ``mfdist launch --nproc-per-node=4 train [flags]``."""
 STOPPED = StopRequested.exit_code
 FINAL_CODES = frozenset(kind.exit_code for kind in (UsageError, DataError, DivergedError, ComparisonError))
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+BY_SIGNAL = 128
+"""What a shell adds to the number of the signal that ended a process."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,25 +60,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = run.get_args_parser()
     parser.allow_abbrev = False  # a flag of the job must not be taken for the beginning of one of torchrun's
     args = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
-    _check_and_complete(args)
+    hosts = _check_and_complete(args)
     if args.training_script in JOBS_OF_RANKS and not os.path.exists(args.training_script):
         args.module, args.training_script = True, f"mfdist.jobs.{args.training_script}"
     # The agent reports each stopped worker in its own log format; the workers and this function say it plainly.
     if "LOGLEVEL" not in os.environ:
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    with _signals_raise(), _agent_in_use() as agents:
+    with _signals_raise(args), _agent_in_use() as agents:
         try:
             # Without a file to write the workers' error to, torch logs that there is none.
             start = record(run.run) if "TORCHELASTIC_ERROR_FILE" in os.environ else run.run
-            start(args)
+            with meeting.for_launchers(args, hosts):
+                start(args)
         except ChildFailedError as error:
             code = code_of_failures([failure.exitcode for failure in error.failures.values()])
             if code == 1:
                 print(error, file=sys.stderr, flush=True)
             return code
         except SignalException as error:
-            code = code_after_signal(agents[-1].exit_codes if agents else [])
-            print(f"launch: {error.sigval.name} received, exit code {code}", file=sys.stderr, flush=True)
+            code = code_after_signal(agents[-1].exit_codes if agents else [], error.sigval)
+            said = "; no checkpoint was written for it" if code == BY_SIGNAL + error.sigval else ""
+            print(f"launch: {error.sigval.name} received, exit code {code}{said}", file=sys.stderr, flush=True)
             return code
         except RendezvousError as error:
             raise MfdistError(
@@ -93,19 +101,20 @@ def code_of_failures(codes: Sequence[int]) -> int:
     return STOPPED if codes[0] == STOPPED else 1
 
 
-def code_after_signal(codes: Sequence[int]) -> int:
-    """The exit code of a group that was asked to stop and whose workers ended with ``codes``.
+def code_after_signal(codes: Sequence[int], number: signal.Signals) -> int:
+    """The exit code of a group that was asked to stop by signal ``number`` and whose workers ended with ``codes``.
 
-    A worker that had no handler, or outlived the time-out and was killed, was stopped by request as well:
-    its last committed checkpoint stands.
+    75 promises a checkpoint: a worker that ended so has written it. One that had no handler yet, or outlived the
+    time-out and was killed, promises nothing: 128 + ``number``, as a shell says it.
     """
     final = [code for code in codes if code in FINAL_CODES]
     if final:
         return final[0]
     if codes and not any(codes):
         return 0
-    stopped_by_signal = all(code <= 0 or code == STOPPED or code >= 128 for code in codes)
-    return STOPPED if stopped_by_signal else 1
+    if not all(code <= 0 or code == STOPPED or code >= BY_SIGNAL for code in codes):
+        return 1
+    return STOPPED if STOPPED in codes else BY_SIGNAL + number
 
 
 def usable_cores() -> int:
@@ -133,7 +142,7 @@ class _Agent(LocalElasticAgent):
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
         if isinstance(sys.exc_info()[1], SignalException):
             # A second signal while the workers write their checkpoint would end the agent and orphan them.
-            for number in SIGNALS:
+            for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
         super()._shutdown(*args, **kwargs)
         handlers = getattr(self._pcontext, "subprocess_handlers", {})
@@ -159,13 +168,15 @@ def _agent_in_use() -> Iterator[list[_Agent]]:
 
 
 @contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Let each of ``SIGNALS`` raise, also before the agent has set its own handlers (waiting for other hosts)."""
+def _signals_raise(args: Namespace) -> Iterator[None]:
+    """Let each of ``stop_signals()`` raise, also before the agent sets its own handlers (waiting for other hosts)."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SignalException(f"signal {number}", signal.Signals(number))
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    answered = stop_signals()
+    args.signals_to_handle = ",".join(number.name for number in answered)
+    before = {number: signal.signal(number, stop) for number in answered}
     try:
         yield
     finally:
@@ -173,10 +184,11 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _check_and_complete(args: Namespace) -> None:
-    """UsageError for flags that torchrun would answer with a traceback; sets the threads and the store's host."""
+def _check_and_complete(args: Namespace) -> int:
+    """The number of hosts, at most. UsageError for flags that torchrun would answer with a traceback; sets the threads
+    and the store's host."""
     try:
-        run.parse_min_max_nnodes(args.nnodes)
+        _, hosts = run.parse_min_max_nnodes(args.nnodes)
         workers = run.determine_local_world_size(args.nproc_per_node)
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"--nnodes {args.nnodes}, --nproc-per-node {args.nproc_per_node}: {error}.") from None
@@ -188,6 +200,7 @@ def _check_and_complete(args: Namespace) -> None:
     if index is not None and named_host and args.rdzv_backend == "c10d" and "is_host" not in args.rdzv_conf:
         is_host = f"is_host={int(index == '0')}"
         args.rdzv_conf = f"{args.rdzv_conf},{is_host}" if args.rdzv_conf else is_host
+    return 1 if args.standalone else int(hosts)
 
 
 def _cause(error: BaseException) -> str:

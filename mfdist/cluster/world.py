@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mfdist.cluster import shared_memory
+from mfdist.cluster import meeting, shared_memory
 from mfdist.cluster.shared_memory import SharedMemory
 from mfdist.cluster.transport import Transport
 from mfdist.errors import LostRankError, MfdistError, UsageError
@@ -304,11 +304,16 @@ def _connect(device: str, timeout_seconds: float) -> World:
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if "RANK" in os.environ:
-        _bind_gloo_to_loopback_if_alone(size)
+    started_alone = "RANK" not in os.environ
+    if started_alone:
+        size = 1
+    if started_alone or meeting.one_host(size):
+        meeting.keep_to_loopback()
+    store = dist.HashStore() if started_alone else meeting.store_of_ranks(rank, size, timeout)
+    if store is None:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     if size > 1:
         _notice_lost_hosts()
     return World(rank, size, chosen, connected=True, timeout_seconds=timeout_seconds)
@@ -334,16 +339,6 @@ def _notice_lost_hosts() -> None:
                     for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4),
                                           (socket.TCP_USER_TIMEOUT, 1000 * LOST_HOST_SECONDS)):  # fmt: skip
                         connection.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-def _bind_gloo_to_loopback_if_alone(size: int) -> None:
-    """On one host whose name does not resolve, gloo cannot find its own address: use the loopback device."""
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) != size or "GLOO_SOCKET_IFNAME" in os.environ:
-        return
-    try:
-        socket.gethostbyname(socket.gethostname())
-    except OSError:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
