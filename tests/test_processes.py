@@ -77,7 +77,7 @@ def test_a_job_under_nohup_ignores_a_closed_terminal():
 
 def test_a_closed_terminal_gives_75_with_a_checkpoint_and_no_lease(data, tmp_path):
     run = tmp_path / "run"
-    command = launch(2, str(ROOT / "jobs/train.py"), "--data", data, "--run-dir", str(run), *FLAGS, "--epochs=10000",
+    command = launch(1, str(ROOT / "jobs/train.py"), "--data", data, "--run-dir", str(run), *FLAGS, "--epochs=10000",
                      "--checkpoint-every=20")  # fmt: skip
     with open(tmp_path / "log", "w") as log:
         job = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=log, stderr=log)

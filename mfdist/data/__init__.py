@@ -4,5 +4,3 @@ Enters: a dataset directory, a seed, a batch size, rank and world size as plain 
 Leaves: :class:`~mfdist.data.dataset.Dataset`, and a rank's share of every global batch, exactly once an epoch.
 May import: ``kernels`` and the top level.
 """
-
-import mfdist.kernels  # noqa: F401 (before the first compiled function: where they are kept)

@@ -36,6 +36,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+import mfdist.kernels  # noqa: F401 (before the first compiled function: where they are kept)
 from mfdist.errors import UsageError
 
 ORDER_VERSION = 1

@@ -20,6 +20,8 @@ import numpy.typing as npt
 from numba import types
 from numba.extending import intrinsic
 
+import mfdist.kernels  # noqa: F401 (before the first compiled function: where they are kept)
+
 UNITS, ROWS, STOP = 1, 2, 3
 """Purposes: the order of a lane's units, the order of a unit's rows, the choice of stop rows."""
 

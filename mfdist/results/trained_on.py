@@ -10,7 +10,7 @@ from mfdist import json_tables, storage
 from mfdist.data.dataset import MANIFEST, Dataset
 from mfdist.errors import DataError, UsageError
 from mfdist.results.export import ExportedModel
-from mfdist.run import directory
+from mfdist.run.about import read_about
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,7 +33,7 @@ def dataset_of_run(run: str) -> str:
 def _moved_with(run: str) -> list[str]:
     """The dataset as RUN/run.json sees it from the run directory, if it does."""
     try:
-        path = directory.read_about(run).dataset.path
+        path = read_about(run).dataset.path
     except (FileNotFoundError, NotADirectoryError):  # of the baseline
         return []
     if path is None or not (storage.is_local(path) and storage.is_local(run)):

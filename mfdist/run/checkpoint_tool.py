@@ -10,7 +10,8 @@ from mfdist import storage
 from mfdist.config import flag, positional
 from mfdist.errors import DataError, UsageError
 from mfdist.log import Console
-from mfdist.run import checkpoint, directory
+from mfdist.run import checkpoint
+from mfdist.run.about import read_about
 from mfdist.run.checkpoint import Retention
 from mfdist.run.lease import Lease
 
@@ -86,7 +87,7 @@ def _bytes_of(run: str, step: int) -> int:
 
 def _prune(config: HousekeepingConfig, run: str, say: Say) -> None:
     """By the run's own rule where no flag says otherwise; the epoch that the stop rows chose stays in any case."""
-    stored = directory.read_about(run).config
+    stored = read_about(run).config
     last = config.keep if config.keep is not None else _count(stored.get("keep")) or 3
     every = config.keep_every if config.keep_every is not None else _count(stored.get("keep_every"))
     with Lease(run, say):

@@ -11,9 +11,9 @@ from mfdist.config import to_toml
 from mfdist.data.dataset import Dataset
 from mfdist.errors import UsageError
 from mfdist.run import checkpoint
+from mfdist.run.about import REMEDY, read_about
 from mfdist.run.lease import LEASE
 
-REMEDY = "name another --run-dir, or give --overwrite"
 RUNS, BUILTIN = "runs", "data/builtin"
 OWN = ("config.toml", "run.json", "metrics.jsonl", "report.json", "report.html", "validation.json", "loss.png",
        "trackers.json", "tensorboard", "checkpoints", "model", "STOP")  # fmt: skip
@@ -75,34 +75,6 @@ def finished_epochs(run: str) -> int | None:
     """Epochs of a finished run, None of an unfinished one."""
     path = storage.join(run, "report.json")
     return len(json_tables.field(path, "epochs", list[Any], REMEDY)) if storage.exists(path) else None
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedOn:
-    """The dataset of a run; ``path`` is as seen from the run directory, None in a run of an earlier version."""
-
-    name: str
-    fingerprint: str
-    path: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class About:
-    """What run.json says."""
-
-    job: str
-    dataset: TrainedOn
-    config: dict[str, Any]
-
-
-def read_about(run: str) -> About:
-    """FileNotFoundError where there is no run.json, DataError where it is damaged."""
-    path = storage.join(run, "run.json")
-    try:
-        found: About = json_tables.typed(About, json_tables.read(path, REMEDY), "")
-    except ValueError as error:
-        raise json_tables.damaged(path, error, REMEDY) from None
-    return found
 
 
 def newest_checkpoint_step(run: str) -> int | None:

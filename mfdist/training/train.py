@@ -27,6 +27,7 @@ from mfdist.log import Console
 from mfdist.model.autograd_step import autograd_step
 from mfdist.model.cpu_step import FusedStep
 from mfdist.run import directory
+from mfdist.run.about import REMEDY
 from mfdist.run.lease import Lease
 from mfdist.run.stopping import StopWatch
 from mfdist.training.announcement import announce, epoch_line
@@ -238,7 +239,7 @@ def _open_run(config: TrainConfig, dataset: Dataset, world: World, console: Cons
 def _ended_early(run: str) -> bool:
     """Whether a finished run ended by its patience: more epochs would not continue it."""
     path = storage.join(run, "report.json")
-    return bool(json_tables.field(path, "config", dict[str, Any], directory.REMEDY).get("patience"))
+    return bool(json_tables.field(path, "config", dict[str, Any], REMEDY).get("patience"))
 
 
 def _open_loader(config: TrainConfig, dataset: Dataset, world: World) -> Loader:
