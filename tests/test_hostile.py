@@ -29,7 +29,7 @@ from mfdist.prepare.compact import compact
 from mfdist.results.comparison_page import _report_of
 from mfdist.results.trained_on import dataset_of_run, sample_of_run
 from mfdist.run import checkpoint, directory, stored_form, tensor_files
-from mfdist.run.checkpoint_tool import HousekeepingConfig, look_after
+from mfdist.run.checkpoint_tool import HousekeepingConfig, manage_checkpoints
 from mfdist.training.config import TrainConfig
 from mfdist.training.session import read_state
 from mfdist.training.train import train
@@ -80,10 +80,10 @@ def use_dataset(home):
 
 def use_checkpoint(home):
     folder = str(newest(home))
-    look_after(HousekeepingConfig(action_and_run=("ls", str(home / "run"))), lambda line: None)
+    manage_checkpoints(HousekeepingConfig(action_and_run=("ls", str(home / "run"))), lambda line: None)
     damaged = None
     try:
-        look_after(HousekeepingConfig(action_and_run=("verify", str(home / "run"))), lambda line: None)
+        manage_checkpoints(HousekeepingConfig(action_and_run=("verify", str(home / "run"))), lambda line: None)
     except DataError as error:
         damaged = error
     sizes = tensor_files.sizes(folder)
