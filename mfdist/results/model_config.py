@@ -24,7 +24,7 @@ class TrainedDataset:
 class Penalty:
     """What training minimised beside the errors, see ``model.objective``."""
 
-    l2: tuple[float, float]
+    l2: tuple[float, ...] | None
     row_l2: tuple[float, ...] | None = None
 
 
@@ -67,6 +67,6 @@ def check_config(config: dict[str, Any]) -> None:
     figures = [found["global_mean"], found["rating_step"], *found["rating_scale"], *(span or ())]
     figures += [found["implicit"] or 0.0, found["train_rmse"] or 0.0]
     figures += [units.mean, units.spread] if units else []
-    figures += [*penalty.l2, *(penalty.row_l2 or ())] if penalty else []
+    figures += [*(penalty.l2 or ()), *(penalty.row_l2 or ())] if penalty else []
     if not all(map(math.isfinite, figures)) or (units and not units.spread):
         raise ValueError("a figure of it is no finite number")
