@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mfdist import storage
 from mfdist.json_tables import typed
 
-if TYPE_CHECKING:
-    from mfdist.data.dataset import Manifest
-
+Manifest = Any
+"""``data.dataset.Manifest``, which stands on this module."""
 SPLIT = {
     "kind": str | None,
     "fraction": float | None,
