@@ -115,7 +115,9 @@ def test_what_the_data_decides(data: str) -> None:
 
 
 def test_batches_are_small_where_a_row_has_many_ratings() -> None:
-    assert batch_size(10, 1000) == 1024 and batch_size(16, 1000) == 512 and batch_size(1000, 1000) == 16
+    rate = TrainConfig(data="d").lr
+    assert [batch_size(most, 1000, rate) for most in (10, 16, 1000)] == [1024, 512, 16]
+    assert batch_size(10, 1000, 8 * rate) == 128 and batch_size(10, 1000, rate / 8) == 1024
 
 
 def test_bags_weigh_less_where_users_rate_most_items() -> None:

@@ -54,7 +54,8 @@ def _of_counts(config: TrainConfig, dataset: Dataset, world: World) -> dict[str,
     found: dict[str, Any] = {}
     if not config.batch_size:
         most = world.max([float(max(users.max(initial=0), items.max(initial=0)))])[0]
-        found["batch_size"] = batch_size(most, ratings) if config.reduction == "sum" else even_batch_size(ratings)
+        summed = config.reduction == "sum"
+        found["batch_size"] = batch_size(most, ratings, config.lr) if summed else even_batch_size(ratings)
     if config.implicit == OF_THE_DATA:
         squares = world.sum([float((users * users).sum())])[0]
         found["implicit"] = implicit(squares / ratings / max(dataset.manifest.num_items, 1))
@@ -69,10 +70,11 @@ def _of_counts(config: TrainConfig, dataset: Dataset, world: World) -> dict[str,
     return found
 
 
-def batch_size(most: float, ratings: int) -> int:
-    """The recipe's, halved until the row with ``most`` ratings has no more than RATINGS_OF_A_ROW of a batch's."""
-    size = BATCH_SIZE
-    while size > 1 and size * most > RATINGS_OF_A_ROW * ratings:
+def batch_size(most: float, ratings: int, rate: float) -> int:
+    """The recipe's, halved until the row with ``most`` ratings has no more than RATINGS_OF_A_ROW of a batch's, less at
+    a higher ``rate`` than the recipe's."""
+    size, few = BATCH_SIZE, RATINGS_OF_A_ROW * min(1.0, RECIPE["lr"] / rate)
+    while size > 1 and size * most > few * ratings:
         size //= 2
     return size
 
