@@ -291,7 +291,8 @@ def test_the_job_lists_verifies_and_prunes(tmp_path, capsys):
     run = str(tmp_path)
     with pytest.raises(DataError, match="no run"):
         job.main(["ls", run])
-    (tmp_path / "run.json").write_text(json.dumps({"config": {"keep": 2, "keep_every": None}}))
+    about = {"job": "train", "dataset": {"name": "d", "fingerprint": "f"}, "config": {"keep": 2, "keep_every": None}}
+    (tmp_path / "run.json").write_text(json.dumps(about))
     write_steps(run, range(1, 6))
     os.unlink(tmp_path / "checkpoints/step-00000002/COMMIT")
     job.main(["ls", run])

@@ -95,7 +95,8 @@ def dense_dataset(path, lanes):
         ]
         for part in (is_train, ~is_train)
     ]
-    dataset = write_dataset(path, *splits, ranges=[(0, 40)] * lanes, num_items=30)
+    even = [(40 * n // lanes, 40 * (n + 1) // lanes) for n in range(lanes)]  # a manifest is checked as it is read
+    dataset = write_dataset(path, *splits, ranges=even, num_items=30)
     ranges = [tuple((first + n * size, first + (n + 1) * size) for first in (0, 20)) for n in range(lanes)]
     given = zip(dataset.manifest.lanes, ranges, strict=True)
     two = tuple(dataclasses.replace(lane, user_ranges=user_ranges) for lane, user_ranges in given)
