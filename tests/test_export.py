@@ -17,6 +17,7 @@ from datasets import make_dataset
 from mfdist import storage
 from mfdist.errors import DataError
 from mfdist.results.export import ExportedModel, model_path, write_card, write_model
+from mfdist.results.ranking_metrics import FIGURES
 
 CONFIG = {"model": "mf_advanced", "dim": 6, "bias": True, "sigmoid": True, "sigmoid_range": [0.5, 5.5], "cold": "own"}
 PLAIN = {"model": "mf", "dim": 6, "bias": False, "sigmoid": False, "sigmoid_range": None, "cold": "own"}
@@ -254,10 +255,13 @@ def test_the_card_carries_the_results(tmp_path, dataset):
     export(run, dataset)
     card = storage.read_text(model_path(run, "README.md"))
     assert "0.5 + (5.5 - 0.5) * sigmoid(<p_u, q_i> + b_u + b_i + offset)" in card and "## Results" not in card
+    lists = dict.fromkeys(FIGURES, 0.25)
     report = {"final": {"epoch": 9, "val_rmse_clipped": 1.29431, "how_chosen": "last epoch"},
+              "ranking": {**lists, "popularity": dict.fromkeys(FIGURES, 0.5), "users": 9, "of_users": 9, "threshold": 4},
               "floors": {"global_mean": {"rmse": 1.38, "mae": 1.09}},
               "dataset": {"name": "test", "num_ratings": {"train": 300, "val": 60}}, "job": "train", "world_size": 2,
               "config": {"lr": 0.1}, "versions": {}, "wall_seconds": 7.0, "device": "cpu"}  # fmt: skip
     write_card(run, report)
     card = storage.read_text(model_path(run, "README.md"))
     assert "1.2943" in card and "global mean | 1.3800 | 1.0900" in card and "last epoch" in card
+    assert "| **this model** | 0.2500" in card and "rank below the most popular items" in card
