@@ -257,7 +257,8 @@ def test_the_card_carries_the_results(tmp_path, dataset):
     assert "0.5 + (5.5 - 0.5) * sigmoid(<p_u, q_i> + b_u + b_i + offset)" in card and "## Results" not in card
     lists = dict.fromkeys(FIGURES, 0.25)
     report = {"final": {"epoch": 9, "val_rmse_clipped": 1.29431, "how_chosen": "last epoch"},
-              "ranking": {**lists, "popularity": dict.fromkeys(FIGURES, 0.5), "users": 9, "of_users": 9, "threshold": 4},
+              "ranking": {**lists, "popularity": dict.fromkeys(FIGURES, 0.5), "users": 9, "of_users": 9,
+                          "threshold": 4},
               "floors": {"global_mean": {"rmse": 1.38, "mae": 1.09}},
               "dataset": {"name": "test", "num_ratings": {"train": 300, "val": 60}}, "job": "train", "world_size": 2,
               "config": {"lr": 0.1}, "versions": {}, "wall_seconds": 7.0, "device": "cpu"}  # fmt: skip
