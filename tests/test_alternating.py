@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +12,13 @@ import torch
 from datasets import make_dataset, training_rows, write_dataset
 from ranks import run_ranks
 from safetensors.numpy import load_file
+from test_train import stop_all
 
 import mfdist
 from mfdist.cluster.world import World
 from mfdist.config import parse_config, to_toml
 from mfdist.data.dataset import Dataset
-from mfdist.errors import StopRequested, UsageError
+from mfdist.errors import UsageError
 from mfdist.jobs.evaluate import main as evaluate
 from mfdist.jobs.predict import main as predict
 from mfdist.log import Console
@@ -150,21 +150,11 @@ def test_one_two_and_four_ranks_give_the_same_model(data, tmp_path):
     assert reports[1]["ranking"]["ndcg@10"] > 1.3 * reports[1]["ranking"]["popularity"]["ndcg@10"]
 
 
-def stop_once(world, c):
-    Path(c.run_dir).mkdir(exist_ok=True)
-    if world.is_main:
-        (Path(c.run_dir) / "STOP").touch()
-    world.barrier()
-    with pytest.raises(StopRequested):
-        train(c, world, QUIET)
-    return train(c, world, QUIET)
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stopped_and_resumed_is_the_same_bits(data, tmp_path, ranks):
     c = config(data, tmp_path / "whole", emb_dim=8, epochs=3)
     run_ranks(ranks, train_all, [c], timeout=600)
-    run_ranks(ranks, stop_once, dataclasses.replace(c, run_dir=str(tmp_path / "cut")), timeout=600)
+    run_ranks(ranks, stop_all, [dataclasses.replace(c, run_dir=str(tmp_path / "cut"))], timeout=600)
     for mine, theirs in zip(tables(tmp_path / "whole"), tables(tmp_path / "cut"), strict=True):
         assert (mine == theirs).all()
 
