@@ -20,8 +20,8 @@ import pyarrow as pa
 from mfdist.data.dataset import Dataset
 from mfdist.data.id_text import id_texts
 from mfdist.errors import UsageError
-from mfdist.results.export import ExportedModel
-from mfdist.results.recommended import refuse_unknown, table_of
+from mfdist.results.exported_model import ExportedModel
+from mfdist.results.recommendation_table import refuse_unknown, table_of
 from mfdist.results.trained_on import dataset_of_model
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ import numpy as np
 import polars as pl
 
 from mfdist.data.dataset import Dataset
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.results.fold_in import FoldIn
 from mfdist.results.folded_model import ratings_of
 

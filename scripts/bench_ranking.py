@@ -87,7 +87,7 @@ def fitted(dataset: Dataset, seed: int) -> Iterator[tuple[str, tuple[Factors, fl
 
 
 def ours(dataset: Dataset, seed: int) -> tuple[Factors, float]:
-    from mfdist.results.export import ExportedModel
+    from mfdist.results.exported_model import ExportedModel
 
     with tempfile.TemporaryDirectory() as folder:
         runs = [TrainConfig.ready("ranking", data=dataset.path, run_dir=f"{folder}/{name}", seed=seed, **values)

@@ -31,7 +31,7 @@ import psutil
 import torch
 from peers import PeerAbsent, environment
 
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.results.item_index import ItemIndex
 
 PEERS = ("faiss-cpu", "implicit", "scipy", "numpy")

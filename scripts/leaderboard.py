@@ -39,7 +39,7 @@ from peers import ROOT, Array, PeerAbsent, columns_of, environment, job
 
 from mfdist import metrics
 from mfdist.data.dataset import Dataset
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 
 DATASETS = {
     "ml-1m": ("ml-1m.parquet",),

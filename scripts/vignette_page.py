@@ -23,7 +23,7 @@ from mfdist.data.dataset import Dataset
 from mfdist.metrics import round_to_scale
 from mfdist.pages.charts import Series, bar_chart, line_chart
 from mfdist.pages.page import day, render
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.results.floors import lane_rows
 
 STARS = np.arange(1, 6)

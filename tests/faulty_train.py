@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from jobs import train as job
 from mfdist.cluster import connecting, shared_memory, transport
 from mfdist.kernels import sockets, wire
-from mfdist.model import exchange, host_exchange, optimizers
+from mfdist.model import exchange, exchange_between_hosts, optimizers
 from mfdist.run import background_save, checkpoint, tensor_files
 from mfdist.training import train, validation
 
@@ -28,10 +28,10 @@ POINTS = {
     "step": (train, "train_step"),
     "mid-step": (optimizers.RowOptimizer, "update"),  # the offset's: the tables have moved, it has not
     "exchange": (exchange.SharedExchange, "bring"),
-    "in rows": (host_exchange.HostExchange, "_wait"),  # some of the message is here or gone, some is not
-    "in gradients": (host_exchange.HostExchange, "_wait"),
-    "hang": (host_exchange.HostExchange, "run"),
-    "cut": (host_exchange.HostExchange, "run"),
+    "in rows": (exchange_between_hosts.HostExchange, "_wait"),  # some of the message is here or gone, some is not
+    "in gradients": (exchange_between_hosts.HostExchange, "_wait"),
+    "hang": (exchange_between_hosts.HostExchange, "run"),
+    "cut": (exchange_between_hosts.HostExchange, "run"),
     "check": (train, "_check"),
     "before shard": (tensor_files, "write"),
     "in shard": (tensor_files, "_exact"),
@@ -78,7 +78,10 @@ def falter(until):
 
 def is_in(what, found):
     """Whether a message of this kind has come, or gone, in part."""
-    stage = {"rows": host_exchange.hosts.WAIT_FOR_ROWS, "gradients": host_exchange.hosts.WAIT_FOR_GRADIENTS}[what]
+    stage = {
+        "rows": exchange_between_hosts.hosts.WAIT_FOR_ROWS,
+        "gradients": exchange_between_hosts.hosts.WAIT_FOR_GRADIENTS,
+    }[what]
     states = found._wire.sent_state, found._wire.coming_state
     parts = [state[state[:, sockets.AT] < state[:, sockets.COUNT]] for state in states]
     begun = any(part[:, [sockets.AT, sockets.DONE]].any() for part in parts)

@@ -18,7 +18,7 @@ from test_recommend import expected
 
 import mfdist
 from mfdist.errors import DataError, UsageError
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 
 
 @pytest.fixture

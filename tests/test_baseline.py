@@ -17,7 +17,7 @@ from mfdist.data.dataset import Dataset as Prepared
 from mfdist.errors import UsageError
 from mfdist.log import Console
 from mfdist.results import report
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 import baseline_svd as job  # jobs are programs, not a package

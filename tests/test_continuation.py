@@ -15,7 +15,7 @@ from mfdist.data.dataset import Dataset
 from mfdist.model.models import MFAdvanced
 from mfdist.model.objective import ITEM, USER
 from mfdist.model.tables import ShardedTable, item_layout, user_layout
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.training.config import TrainConfig
 from mfdist.training.continuation import begin_with
 from mfdist.training.data_facts import fitted

@@ -16,7 +16,7 @@ from datasets import make_dataset
 
 from mfdist import storage
 from mfdist.errors import DataError
-from mfdist.results.export import ExportedModel, model_path, write_card, write_model
+from mfdist.results.exported_model import ExportedModel, model_path, write_card, write_model
 from mfdist.results.ranking_metrics import FIGURES
 
 CONFIG = {"model": "mf_advanced", "dim": 6, "bias": True, "sigmoid": True, "sigmoid_range": [0.5, 5.5], "cold": "own"}

@@ -6,7 +6,6 @@ The whole matrix: ``scripts/test --slow tests/test_faults.py``.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import random
@@ -15,14 +14,20 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import fsspec
 import pytest
-from datasets import make_dataset
+from faulty_jobs import (
+    HERE,
+    ROOT,
+    complete,
+    log_of,
+    small_dataset,
+    start,
+    wait_for_step,
+    workers,
+)
 from fsspec.implementations.local import LocalFileSystem
-from pods import ip
-from pods import missing as no_namespaces
 
 from mfdist.cluster.world import World
 from mfdist.errors import MfdistError
@@ -32,64 +37,7 @@ from mfdist.run import checkpoint
 from mfdist.training.config import TrainConfig
 from mfdist.training.train import train
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
 QUIET = Console(speaks=False)
-FLAGS = ["--config=vignette_mf_advanced", "--batch-size=50", "--epochs=2", "--emb-dim=8", "--lr=0.01", "--device=cpu",
-         "--checkpoint-every=9", "--keep=2"]  # fmt: skip
-STEPS = 30  # of an epoch
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("data") / "small")
-    make_dataset(path, rows=50 * STEPS, lanes=5, val_rows=200, users=150, items=60, row_group=64)
-    return path
-
-
-def start(data, run, ranks=2, fault=None, flags=(), launch=("--standalone",), space=None, log=None, shell=(), way=""):
-    """The real launcher with its workers; the log is a file, because killed agents leave pipes open."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0" if space else "lo"}
-    env["MFDIST_TEST_WAY"] = way
-    env.pop("MFDIST_TEST_FAULT", None)
-    if fault:
-        env["MFDIST_TEST_FAULT"] = fault
-    command = [*shell, *(["ip", "netns", "exec", space] if space else []), sys.executable, "-m", "mfdist.launch",
-               *launch, f"--nproc-per-node={ranks}", str(HERE / "faulty_train.py"), "--data", data,
-               "--run-dir", str(run), *FLAGS, *flags]  # fmt: skip
-    with open(log or f"{run}.log", "ab") as stream:
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=stream, stderr=stream, start_new_session=True)
-
-
-def complete(data, run, ranks=2, **values):
-    assert start(data, run, ranks, **values).wait(240) == 0, log_of(run)
-    return Path(run, "model/model.safetensors").read_bytes()
-
-
-def log_of(run):
-    return Path(f"{run}.log").read_text()
-
-
-@pytest.fixture(scope="module")
-def expected(data, tmp_path_factory):
-    """The export of the undisturbed run on two ranks."""
-    return complete(data, tmp_path_factory.mktemp("whole") / "run")
-
-
-def workers(agent):
-    found = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
-    return [int(pid) for pid in found]
-
-
-def wait_for_step(run, step, process, seconds=240.0):
-    end = time.monotonic() + seconds
-    while not any(done >= step for done in checkpoint.committed_steps(str(run))):
-        assert time.monotonic() < end and process.poll() is None, log_of(run)
-        time.sleep(0.01)
-
-
-# Named points -------------------------------------------------------------------------------------
-
 MATRIX = [
     ("first step", 0, 1), ("first step", 1, 1), ("mid-step", 0, 23), ("mid-step", 1, 41), ("exchange", 0, 40),
     ("exchange", 1, 55), ("check", 0, 5), ("before shard", 0, 2), ("before shard", 1, 3), ("in shard", 0, 9),
@@ -97,6 +45,17 @@ MATRIX = [
     ("before COMMIT", 0, 4), ("prune", 0, 1), ("prune", 0, 2), ("evaluation", 0, 1), ("evaluation", 1, 2),
     ("export", 0, 1),
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return small_dataset(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def expected(data, tmp_path_factory):
+    """The export of the undisturbed run on two ranks."""
+    return complete(data, tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.mark.slow
@@ -113,55 +72,6 @@ def test_kill_at_a_named_point(data, expected, tmp_path, point, rank, count):
     kept = [checkpoint.verify(checkpoint.folder_of(str(run), step)) for step in checkpoint.committed_steps(str(run))]
     assert kept and not any(kept)
     assert sorted(checkpoint.committed_steps(str(run))) == checkpoint.all_steps(str(run))
-
-
-BETWEEN_HOSTS = [
-    ("first step", 1, 1), ("mid-step", 0, 23), ("in rows", 0, 3), ("in rows", 1, 9), ("in gradients", 0, 4),
-    ("in gradients", 1, 11), ("check", 0, 5), ("flush", 0, 2), ("before COMMIT", 0, 3), ("evaluation", 1, 2),
-    ("cut", 0, 12), ("cut", 1, 37), ("hang", 1, 20),
-]  # fmt: skip
-WIDE = ["--emb-dim=4096"]  # so that messages do not fit into what a connection holds
-
-
-@pytest.fixture(scope="module")
-def expected_wide(data, tmp_path_factory):
-    return complete(data, tmp_path_factory.mktemp("wide") / "run", flags=WIDE)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("point", "rank", "count"), BETWEEN_HOSTS, ids=lambda value: str(value).replace(" ", "-"))
-def test_a_fault_between_hosts_names_the_rank_and_the_job_resumes(data, expected_wide, tmp_path, point, rank, count):
-    """Ranks that go by sockets, and messages in pieces. A hang is noticed after ten seconds, anything else at once."""
-    run = tmp_path / "run"
-    began = time.time()
-    process = start(data, run, flags=WIDE, way="sockets", fault=f"{point} {rank} {count} {tmp_path}")
-    assert process.wait(240) == 1
-    assert (tmp_path / "fault").exists(), f"{point} was never reached"
-    assert time.time() - max(began, (tmp_path / "fault").stat().st_mtime) < (60 if point == "hang" else 30)
-    log = log_of(run)
-    assert "sockets between the ranks of 2 hosts" in log, log
-    named = f"the contact to rank {rank} of this job"
-    if point == "hang":
-        assert named in log and "it has not answered for 10 seconds" in log, log
-    elif point == "cut":  # each sees the other one vanish
-        assert "the contact to rank " in log and "was lost: it" in log, log
-    else:
-        assert log.count("Root Cause") == 1 and "Signal 9 (SIGKILL)" in log, log
-        assert f"the contact to rank {1 - rank} of this job" not in log and log.count(f"error: {named}") <= 1, log
-    assert complete(data, run, flags=WIDE, way="sockets") == expected_wide
-
-
-@pytest.mark.slow
-def test_stopped_between_hosts_and_continued_on_one(data, expected_wide, tmp_path):
-    """What a rank has done ahead when it stops changes no bit, whatever the next start goes by."""
-    for number, ways in enumerate((("sockets", ""), ("", "sockets"))):
-        run = tmp_path / f"run{number}"
-        flags = [*WIDE, "--checkpoint-every=7"]
-        process = start(data, run, flags=flags, way=ways[0])
-        wait_for_step(run, 7, process)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 75, log_of(run)
-        assert complete(data, run, flags=flags, way=ways[1]) == expected_wide
 
 
 @pytest.mark.slow
@@ -216,91 +126,6 @@ def test_a_signal_gives_75_and_the_rest_follows(data, expected, tmp_path, number
     assert process.wait(60) == 75, log_of(run)
     assert log_of(run).count("run the same command again") == 1
     assert complete(data, run, flags=["--checkpoint-every=3"]) == expected
-
-
-NUMBERS = itertools.count()
-
-
-@contextlib.contextmanager
-def hosts(count):
-    """Network namespaces on one bridge: their names and addresses."""
-    tag = f"mf{os.getpid() % 100_000}x{next(NUMBERS)}"  # names of interfaces have 15 characters
-    names = [f"{tag}-{k}" for k in range(count)]
-    try:
-        ip("link", "add", tag, "type", "bridge")
-        ip("link", "set", tag, "up")
-        for k, name in enumerate(names):
-            ip("netns", "add", name)
-            ip("link", "add", f"{tag}v{k}", "type", "veth", "peer", "name", "eth0", "netns", name)
-            ip("link", "set", f"{tag}v{k}", "master", tag, "up")
-            ip("-n", name, "addr", "add", f"10.78.0.{k + 1}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "eth0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield names
-    finally:
-        for name in names:
-            found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
-            for pid in found.split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-        subprocess.run(["ip", "link", "del", tag], capture_output=True, check=False)
-
-
-def start_hosts(data, run, names, restarts=0):
-    """One agent with one worker a host, c10d rendezvous on the first."""
-    found = []
-    for k, name in enumerate(names):
-        launch = (f"--nnodes={len(names)}", "--rdzv-backend=c10d", "--rdzv-endpoint=10.78.0.1:29555", "--rdzv-id=test",
-                  f"--rdzv-conf=is_host={int(k == 0)},join_timeout=60,read_timeout=20", f"--local-addr=10.78.0.{k + 1}",
-                  f"--max-restarts={restarts}")  # fmt: skip
-        shell = ("unshare", "--uts", "sh", "-c", f'hostname host-{k}; exec "$@"', "sh")
-        found.append(start(data, run, 1, launch=launch, space=name, log=f"{run}.log", shell=shell))
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(no_namespaces() is not None, reason=str(no_namespaces()))
-def test_sigterm_to_one_of_two_agents_stops_both(data, expected, tmp_path):
-    run = tmp_path / "run"
-    with hosts(2) as names:
-        agents = start_hosts(data, run, names)
-        wait_for_step(run, 9, agents[0])
-        began = time.monotonic()
-        agents[1].send_signal(signal.SIGTERM)
-        assert [agent.wait(60) for agent in agents] == [75, 75], log_of(run)
-        assert time.monotonic() - began < 30
-        again = start_hosts(data, run, names)
-        assert [agent.wait(240) for agent in again] == [0, 0], log_of(run)
-    assert Path(run, "model/model.safetensors").read_bytes() == expected
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(no_namespaces() is not None, reason=str(no_namespaces()))
-@pytest.mark.parametrize("how", ["killed", "cut off"])
-def test_a_lost_host_ends_the_others_and_the_job_resumes(data, expected, tmp_path, how):
-    """Killed: the others end within 30 s. Cut off (nothing arrives any more, no connection is closed): within 90 s."""
-    run = tmp_path / "run"
-    with hosts(2) as names:
-        agents = start_hosts(data, run, names)
-        wait_for_step(run, 9, agents[0])
-        began = time.monotonic()
-        if how == "cut off":
-            ip("-n", names[1], "link", "set", "eth0", "down")
-        else:
-            for pid in subprocess.run(["ip", "netns", "pids", names[1]], capture_output=True, text=True).stdout.split():
-                os.kill(int(pid), signal.SIGKILL)
-        assert agents[0].wait(120) in (1, 75), log_of(run)
-        assert time.monotonic() - began < (30 if how == "killed" else 90)
-        agents[1].kill()
-        agents[1].wait()
-    with hosts(2) as names:
-        again = start_hosts(data, run, names)
-        assert [agent.wait(240) for agent in again] == [0, 0], log_of(run)
-    assert Path(run, "model/model.safetensors").read_bytes() == expected
-
-
-# Storage ------------------------------------------------------------------------------------------
 
 
 def config(data, run, **values):

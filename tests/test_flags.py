@@ -11,8 +11,9 @@ import pytest
 from torch.distributed import run as torchrun
 
 from mfdist.__main__ import JOBS
-from mfdist.config import MEANINGS, parse_config, read_toml
+from mfdist.config import parse_config, read_toml
 from mfdist.errors import UsageError
+from mfdist.flag_names import MEANINGS
 from mfdist.training.config import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

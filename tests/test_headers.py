@@ -12,7 +12,7 @@ from mfdist.prepare.columns import parse_columns, recognise
 from mfdist.prepare.headers import is_header, meaning_of, numbered, spellings
 from mfdist.prepare.input_files import find_sources
 from mfdist.prepare.readers import chunks, parse
-from mfdist.prepare.row_blocks import Rules
+from mfdist.prepare.row_checks import Rules
 from mfdist.results.block_ids import texts_of
 
 NAMES = {

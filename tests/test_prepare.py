@@ -5,17 +5,11 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
-import io
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
 import zipfile
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,94 +21,14 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from prepare_files import Row, bare, check_whole, files_of, rows_of, run, sample, write_csv  # noqa: F401
 
 from mfdist import prepare_frame
-from mfdist.cluster.world import World
-from mfdist.config import parse_config
-from mfdist.data.dataset import Dataset, verify
+from mfdist.data.dataset import verify
 from mfdist.errors import DataError, UsageError, exit_code_of
-from mfdist.log import Console
 from mfdist.prepare import ids, lanes, readers
-from mfdist.prepare.lanes import BLOCK_ROWS
-from mfdist.prepare.prepare import PrepareConfig, prepare
-from mfdist.prepare.replace import commit
-from mfdist.training.config import TrainConfig
-from mfdist.training.train import train
-
-Row = tuple[Any, ...]
-
-
-@pytest.fixture(autouse=True)
-def bare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most tests draw no figures: they would take most of the time. The real pieces do."""
-    from mfdist.prepare import append, write_pass
-
-    if "real" not in request.node.name:
-        for module in (append, write_pass):
-            monkeypatch.setattr(module, "write_dataset_report", lambda *_: None)
-
 
 ROOT = Path(__file__).parents[1]
-
-
-def run(*argv: Any) -> Dataset:
-    return prepare(parse_config(PrepareConfig, [str(a) for a in argv], "test"), Console())
-
-
-def rows_of(dataset: Dataset, split: str | None = None) -> list[Row]:
-    """(user id, item id, rating[, time]) of every row."""
-    users, items = (dataset.ids(side).to_pylist() for side in ("users", "items"))
-    found = []
-    for entry in dataset.manifest.files:
-        folder = entry.path.split("/")[0]
-        if folder in ("train", "val") and split in (None, folder):
-            table = pq.read_table(dataset.file_path(entry))
-            assert table.num_rows == entry.rows and all(column.null_count == 0 for column in table.columns)
-            for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
-                found.append((users[row[0]], items[row[1]], *row[2:]))
-    return sorted(found)
-
-
-def files_of(dataset: Dataset) -> dict[str, str]:
-    return {entry.path: entry.checksum for entry in dataset.manifest.files if not entry.path.startswith("rejected")}
-
-
-def sample(n: int = 2000, users: int = 200, items: int = 60, seed: int = 0, repeats: bool = False) -> list[Row]:
-    rng = random.Random(seed)
-    pairs = [(u, i) for u in range(users) for i in range(items)]
-    chosen = [rng.choice(pairs) for _ in range(n)] if repeats else rng.sample(pairs, n)
-    return [(f"u{u:03d}", f"i{i}", float(rng.randint(1, 5)), rng.randint(10**9, 10**9 + 10**6)) for u, i in chosen]
-
-
-def write_csv(path: Path, rows: list[Row], sep: str = ",", header: str = "", end: str = "\n") -> Path:
-    path.write_text((header + end if header else "") + "".join(sep.join(map(str, r)) + end for r in rows), newline="")
-    return path
-
-
-def check_whole(dataset: Dataset) -> None:
-    """The directory is what its manifest and the contract say."""
-    m = dataset.manifest
-    assert list(verify(dataset)) == []
-    covered = sorted(r for lane in m.lanes for r in lane.user_ranges)
-    assert [a for a, _ in covered] == [0, *(b for _, b in covered[:-1])][: len(covered)]
-    assert not covered or covered[-1][1] == m.num_users
-    train = Counter(r[0] for r in rows_of(dataset, "train"))
-    assert [train[u] for u in dataset.ids("users").to_pylist()] == dataset.counts("users").tolist()
-    items = Counter(r[1] for r in rows_of(dataset, "train"))
-    assert [items[i] for i in dataset.ids("items").to_pylist()] == dataset.counts("items").tolist()
-    for number, lane in enumerate(m.lanes):
-        for split, expected in (("train", lane.train_rows), ("val", lane.val_rows)):
-            total = 0
-            for entry in dataset.lane_files(split, number):
-                user = pq.read_table(dataset.file_path(entry)).column("user").to_numpy()
-                assert all(any(a <= u < b for a, b in lane.user_ranges) for u in user)
-                total += user.size
-            assert total == expected
-    rejected = pq.read_table(os.path.join(dataset.path, "rejected.parquet"))
-    assert Counter(rejected.column("reason").to_pylist()) == Counter(m.rejected)
-    rows_in = sum(s["rows"] for s in m.sources)
-    assert rows_in == sum(m.num_ratings.values()) + rejected.num_rows + m.filtered + m.merged
 
 
 FORMATS = ["csv", "header", "crlf", "tsv", "dat", "gz", "bz2", "zst", "zip", "bom", "quoted", "json14", "json23",
@@ -394,173 +308,6 @@ def test_frames(make: Any, tmp_path: Path) -> None:
     check_whole(dataset)
 
 
-def test_append_and_compact(tmp_path: Path) -> None:
-    rows = sample(n=5000, users=400)
-    old = [r for r in rows if int(r[0][1:]) < 300 and r[1] != "i5"][:2500]
-    more = [[r for r in rows if r not in old][k::2] for k in range(2)]
-    dataset = run(write_csv(tmp_path / "a.csv", old), "--out", tmp_path / "d", "--lanes", 4, "--order", "blocks")
-    before = dataset.ids("users").to_pylist(), dataset.ids("items").to_pylist()
-    done = list(old)
-    for k, part in enumerate(more):
-        command = [write_csv(tmp_path / f"m{k}.csv", part), "--out", tmp_path / "d", "--append"]
-        dataset = run(*command)
-        done += part
-        check_whole(dataset)
-        assert rows_of(dataset) == sorted(done)
-        assert dataset.ids("users").to_pylist()[: len(before[0])] == before[0]
-        assert dataset.ids("items").to_pylist()[: len(before[1])] == before[1]
-        assert rows_of(run(*command)) == sorted(done)  # the same files again change nothing
-    appended, val = rows_of(dataset), rows_of(dataset, "val")
-    lanes = [lane.train_rows + lane.val_rows for lane in dataset.manifest.lanes]
-    assert max(lanes) / min(lanes) < 1.1
-    users = dataset.ids("users").to_pylist()
-    commit(dataset.path, replace(dataset.manifest, extra={**dataset.manifest.extra, "block_rows": 512}))
-    compacted = run("--compact", tmp_path / "d")
-    check_whole(compacted)
-    assert compacted.manifest.extra["block_rows"] == BLOCK_ROWS  # all files are written anew
-    assert (rows_of(compacted), rows_of(compacted, "val")) == (appended, val)
-    assert compacted.ids("users").to_pylist() == users
-    on_disk = {str(p.relative_to(tmp_path / "d")) for p in (tmp_path / "d").glob("*/lane-*")}
-    assert on_disk == {f for lane in compacted.manifest.lanes for f in lane.files}
-    with pytest.raises(UsageError, match="--seed 1"):
-        run(write_csv(tmp_path / "z.csv", old[:9]), "--out", tmp_path / "d", "--append", "--seed", 1)
-
-
-def test_an_append_that_was_killed_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mfdist.prepare import append
-
-    rows = sample(n=1000)
-    run(write_csv(tmp_path / "a.csv", rows[:700]), "--out", tmp_path / "d", "--lanes", 2)
-    moved: list[str] = []
-
-    def dies(path: str, text: str) -> None:
-        if path.endswith("dataset.json"):
-            raise KeyboardInterrupt
-        moved.append(path)
-        real(path, text)
-
-    real = append.storage.write_text
-    monkeypatch.setattr(append.storage, "write_text", dies)
-    command = [write_csv(tmp_path / "b.csv", rows[700:]), "--out", tmp_path / "d", "--append"]
-    with pytest.raises(KeyboardInterrupt):
-        run(*command)
-    monkeypatch.undo()
-    dataset = run(*command)
-    assert rows_of(dataset) == sorted(rows)
-    check_whole(dataset)
-
-
-FIELD = st.one_of(
-    st.text(alphabet='a1",;\n\r\t é\0', max_size=5), st.sampled_from(["5", "3.5", "nan", "-1e3", "u1", ""])
-)
-
-
-def fuzz_csv(table: list[list[str]], tail: str, chunk: int) -> None:
-    import tempfile
-
-    first = "user,item,1,1\n" * 3
-    content = first + "\n".join(",".join(fields) for fields in table) + tail
-    lines = content.replace("\r\n", "\n").split("\n")
-    readers.CHUNK_BYTES, kept = chunk, readers.CHUNK_BYTES
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "f.csv"
-            path.write_bytes(content.encode())
-            try:
-                dataset = run(path, "--out", f"{folder}/d", "--columns", "0,1,2,3", "--max-rejected", 1, "--lanes", 2)
-            except (DataError, UsageError):
-                return
-            m = dataset.manifest
-            refused = pq.read_table(f"{folder}/d/rejected.parquet")
-            assert m.sources[0]["rows"] == len(rows_of(dataset)) + refused.num_rows
-            assert refused.num_rows + sum(m.num_ratings.values()) <= len(lines)
-            if '"' not in content:  # then a row is a line that is not empty
-                assert m.sources[0]["rows"] == sum(bool(line.removesuffix("\r")) for line in content.split("\n"))
-                for number, text in zip(refused["line"].to_pylist(), refused["text"].to_pylist(), strict=True):
-                    assert text == content.split("\n")[number - 1].removesuffix("\r")
-            readers.CHUNK_BYTES = 1 << 20
-            again = run(path, "--out", f"{folder}/e", "--columns", "0,1,2,3", "--max-rejected", 1, "--lanes", 2)
-            assert files_of(again) == files_of(dataset) and again.manifest.rejected == m.rejected
-    finally:
-        readers.CHUNK_BYTES = kept
-
-
-TABLES = st.lists(st.lists(FIELD, min_size=0, max_size=6), max_size=25)
-
-
-@given(TABLES, st.sampled_from(["", "\n", "\r\n", '"', '\n"a']), st.integers(5, 60))
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-def test_fuzzed_csv(table: list[list[str]], tail: str, chunk: int) -> None:
-    fuzz_csv(table, tail, chunk)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@given(TABLES, st.sampled_from(["", "\n", "\r\n", '"', '\n"a']), st.integers(5, 60))
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
-def test_fuzzed_csv_long(table: list[list[str]], tail: str, chunk: int) -> None:
-    fuzz_csv(table, tail, chunk)
-
-
-VALUE = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.just([1]), st.just({}))
-RECORD = st.one_of(
-    st.dictionaries(st.sampled_from(["user_id", "asin", "rating", "timestamp", "x"]), VALUE).map(json.dumps),
-    st.text(alphabet='{}":,a1[]\\', max_size=12), st.sampled_from(["{", "null", "deep"]),
-)  # fmt: skip
-
-
-def fuzz_json(records: list[str]) -> None:
-    import tempfile
-
-    good = '{"user_id": 1, "asin": "b", "rating": 4, "timestamp": 1}\n'
-    content = good * 3 + "\n".join("[" * 99_999 if record == "deep" else record for record in records)
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "f.jsonl").write_text(content)
-        dataset = run(f"{folder}/f.jsonl", "--out", f"{folder}/d", "--columns", "user_id,asin,rating,timestamp",
-                      "--max-rejected", 1, "--lanes", 2)  # fmt: skip
-        m = dataset.manifest
-        refused = pq.read_table(f"{folder}/d/rejected.parquet").num_rows
-        assert m.sources[0]["rows"] == sum(bool(line.strip()) for line in content.split("\n"))
-        assert m.sources[0]["rows"] == len(rows_of(dataset)) + refused
-
-
-@given(st.lists(RECORD, max_size=20))
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-def test_fuzzed_json_lines(records: list[str]) -> None:
-    fuzz_json(records)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@given(st.lists(RECORD, max_size=20))
-@settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
-def test_fuzzed_json_lines_long(records: list[str]) -> None:
-    fuzz_json(records)
-
-
-@given(TABLES)
-@settings(max_examples=100, deadline=None)
-def test_well_formed_csv_is_read_as_pythons_csv_reads_it(table: list[list[str]]) -> None:
-    from mfdist.prepare import delimited_text
-
-    rows = [[*(f.replace("\r", "") for f in fields), *["x"] * 3][:3] for fields in table]
-    stream = io.StringIO(newline="")
-    csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
-    content = np.frombuffer(stream.getvalue().encode(), np.uint8)
-    n = max(content.size, 1)
-    begin, end, line, when = (np.empty(n, np.int64) for _ in range(4))
-    start, length = np.zeros((4, n), np.int64), np.zeros((4, n), np.int64)
-    extra = np.empty(n, np.uint8)
-    count, lines, used = delimited_text.scan_delimited(
-        content, content.size, 44, 0, True, 3, np.array([0, 1, 2, -1]), begin, end, line, start, length,
-        np.zeros(n), when, np.zeros(n, np.uint8), extra,
-    )  # fmt: skip
-    both = np.concatenate([content, extra[:used]]).tobytes()
-    found = [[both[start[c, i] : start[c, i] + length[c, i]].decode() for c in range(3)] for i in range(count)]
-    assert found == list(csv.reader(io.StringIO(stream.getvalue(), newline=""))) == rows
-    assert lines == stream.getvalue().count("\n")
-
-
 def real(name: str) -> Path:
     folder = os.environ.get("MFDIST_TEST_DATA")
     if not folder:
@@ -640,62 +387,3 @@ def test_lanes_are_even_and_every_row_group_is_a_fair_sample(
     first_seen = {u: k for k, u in reversed(list(enumerate(user.tolist())))}
     seen = np.array([first_seen[u] for u in rows])
     assert abs(np.corrcoef(np.arange(seen.size), seen)[0, 1]) < 4 / np.sqrt(seen.size)
-
-
-def test_training_goes_on_with_an_appended_dataset(tmp_path: Path) -> None:
-    """Known ids keep their rows and values, new ones begin at initial values, and training learns from both."""
-    rows = sample(n=5000, users=400)
-    old = [r for r in rows if int(r[0][1:]) < 300 and r[1] != "i5"]
-    run(write_csv(tmp_path / "old.csv", old), "--out", tmp_path / "d", "--lanes", 4)
-    first = trained(tmp_path, "first", epochs=2)
-    run(write_csv(tmp_path / "new.csv", [r for r in rows if r not in old]), "--out", tmp_path / "d", "--append")
-    # steps too small to move a float32: what is exported is what the run began with
-    begun = trained(tmp_path, "begun", init_from=str(tmp_path / "first"), epochs=1, lr=1e-30, weight_decay=0.0)
-    for side in ("user", "item"):
-        before, after = first[side], begun[side]
-        assert len(before) < len(after), f"the append brought no {side}"
-        assert all(after[name].tolist() == row.tolist() for name, row in before.items())
-        fresh = np.stack([row for name, row in after.items() if name not in before])
-        assert (fresh[:, :-1] >= 0).all() and (fresh[:, :-1] <= 0.05).all() and (np.abs(fresh[:, -1]) < 1e-20).all()
-    more = trained(tmp_path, "more", init_from=str(tmp_path / "first"), epochs=2)
-    moved = [np.abs(more["user"][name] - row).max() > 0 for name, row in begun["user"].items()]
-    assert all(moved)
-
-
-def trained(folder: Path, name: str, **settings: Any) -> dict[str, dict[str, np.ndarray]]:
-    """Train on ``folder``/d; the exported row, bias last, of every user and item id."""
-    config = TrainConfig.ready("vignette_mf_advanced", data=str(folder / "d"), run_dir=str(folder / name),
-                               emb_dim=4, batch_size=512, device="cpu",
-                         **{"lr": 0.01, **settings})  # fmt: skip
-    train(config, World.alone(), Console(speaks=False))
-    tensors = load_file(folder / name / "model/model.safetensors")
-    found = {}
-    for side in ("user", "item"):
-        ids = pq.read_table(folder / name / f"model/{side}s.parquet").column("id").to_pylist()
-        rows = np.column_stack([tensors[f"{side}_embedding"], tensors[f"{side}_bias"]])
-        found[side] = dict(zip(ids, rows, strict=True))
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_kill_at_twenty_moments(tmp_path: Path) -> None:
-    rows = sample(n=60_000, users=2000, items=500)
-    source = write_csv(tmp_path / "a.csv", rows)
-    expected = files_of(run(source, "--out", tmp_path / "reference"))
-    command = [sys.executable, "jobs/prepare.py", str(source), "--out", str(tmp_path / "d")]
-    began = time.monotonic()
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    whole = time.monotonic() - began
-    rng = random.Random(3)
-    for _ in range(20):
-        if rng.random() < 0.5:
-            subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0, whole))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-        dataset = Dataset.open(str(tmp_path / "d"))
-        assert files_of(dataset) == expected and list(verify(dataset)) == []
-        assert not (tmp_path / "d" / ".scratch").exists()

@@ -19,7 +19,7 @@ from mfdist.cluster.world import World
 from mfdist.data.dataset import Dataset
 from mfdist.errors import StopRequested, UsageError
 from mfdist.log import Console
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.results.part_files import Parts
 from mfdist.results.recommend import RecommendConfig, recommend
 from mfdist.results.top_items import TopItems

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mfdist.kernels import cpu, packed
-from mfdist.kernels.rules import gauss_rules
+from mfdist.kernels.missed_steps import gauss_rules
 from mfdist.model.optimizers import RowOptimizer
 
 

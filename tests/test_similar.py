@@ -17,7 +17,7 @@ from test_export import CONFIG, export
 from mfdist.cluster.world import World
 from mfdist.errors import StopRequested, UsageError
 from mfdist.results import similar as module
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.results.neighbours import Neighbours
 from mfdist.results.similar import SimilarConfig, similar
 

@@ -22,7 +22,7 @@ from mfdist.errors import DataError, DivergedError, StopRequested, UsageError
 from mfdist.log import Console
 from mfdist.metrics import round_to_scale
 from mfdist.model.models import ITEM_TABLE, USER_TABLE, sigmoid_range
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.results.ranking import rank_metrics, ranked_users, top_of_model
 from mfdist.run import checkpoint
 from mfdist.training import validation

@@ -21,7 +21,7 @@ from mfdist.cluster.connecting import HELLO, MAGIC, Listener, _proof, call, conn
 from mfdist.cluster.transport import DATA, PULSE, Address, Transport
 from mfdist.errors import LostRankError, MfdistError, UsageError
 from mfdist.kernels import sockets
-from mfdist.kernels.narrowing import narrow_lines, widen_lines
+from mfdist.kernels.bfloat16 import narrow_lines, widen_lines
 
 SECRET = b"s" * 32
 

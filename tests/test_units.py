@@ -11,7 +11,7 @@ from mfdist.data.dataset import Dataset
 from mfdist.log import Console
 from mfdist.model.units import Units
 from mfdist.prepare.write_pass import rating_moments
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.training.config import TrainConfig
 from mfdist.training.train import train
 

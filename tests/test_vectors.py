@@ -10,7 +10,7 @@ from numba import njit
 from ranks import run_ranks
 from test_train import config, exported, train_all
 
-from mfdist.kernels import columns
+from mfdist.kernels import row_arithmetic
 from mfdist.kernels.vectors import LANES, ONE, SIXTEEN, fma, load, root, spread, store, total
 from mfdist.model import cpu_step
 
@@ -21,10 +21,10 @@ A, B, C = np.random.default_rng(7).uniform(0.5, 2, (3, WIDTH)).astype(np.float32
 @njit
 def lane_by_lane(a: Any, b: Any, c: Any, out: Any) -> Any:
     two = np.float32(2)
-    for d in range(0, columns.full(a.size), LANES):
+    for d in range(0, row_arithmetic.full(a.size), LANES):
         x, y, z = load(SIXTEEN, a, d), load(SIXTEEN, b, d), load(SIXTEEN, c, d)
         store(SIXTEEN, out, d, (fma(x, y, z) / root(x) - two * y + spread(SIXTEEN, two)) * (two - z) / two)
-    for d in range(columns.full(a.size), a.size):
+    for d in range(row_arithmetic.full(a.size), a.size):
         x, y, z = load(ONE, a, d), load(ONE, b, d), load(ONE, c, d)
         store(ONE, out, d, (fma(x, y, z) / root(x) - two * y + spread(ONE, two)) * (two - z) / two)
     return total(load(SIXTEEN, a, 3))
@@ -43,7 +43,7 @@ def test_operations_are_numpys_in_every_lane():
 @njit
 def exponentials(x: Any, out: Any) -> None:
     for k in range(x.size):
-        out[k] = columns.exponential(x[k])
+        out[k] = row_arithmetic.exponential(x[k])
 
 
 def test_exponential_is_exact_to_two_units():
@@ -58,7 +58,7 @@ def test_exponential_is_exact_to_two_units():
 
 def test_rows_of_a_buffer_begin_where_cache_lines_do():
     for width in (1, 16, 33):
-        rows = columns.row_buffer(5, width)
+        rows = row_arithmetic.row_buffer(5, width)
         assert rows.shape[1] >= width and rows.flags.c_contiguous
         assert all(row.ctypes.data % 64 == 0 for row in rows)
 

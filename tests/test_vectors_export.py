@@ -14,8 +14,8 @@ from test_export import CONFIG, PLAIN, export
 
 import mfdist
 from mfdist.errors import UsageError
-from mfdist.results import vectors as module
-from mfdist.results.vectors import ExportConfig, export_vectors
+from mfdist.results import vector_files as module
+from mfdist.results.vector_files import ExportConfig, export_vectors
 
 
 @pytest.fixture(params=[CONFIG, PLAIN], ids=["biases", "plain"])

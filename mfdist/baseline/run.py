@@ -21,7 +21,7 @@ from mfdist.errors import UsageError
 from mfdist.log import Console, MetricsLog
 from mfdist.results import ranking, report
 from mfdist.results.error_sums import ErrorSums, headline_of
-from mfdist.results.export import ExportedModel, write_model
+from mfdist.results.exported_model import ExportedModel, write_model
 from mfdist.results.floors import floors
 
 JOB = "baseline_svd"

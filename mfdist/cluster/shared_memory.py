@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfdist.errors import LostRankError
-from mfdist.kernels.machine import all_arrived, arrive
+from mfdist.kernels.numba_intrinsics import all_arrived, arrive
 
 LINE_BYTES = 128
 """Each rank's counter has two cache lines to itself: processors fetch them in pairs."""

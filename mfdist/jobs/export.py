@@ -18,7 +18,7 @@ from mfdist import storage
 from mfdist.config import parse_config
 from mfdist.errors import exit_code_of
 from mfdist.log import Console
-from mfdist.results.vectors import ExportConfig, export_vectors
+from mfdist.results.vector_files import ExportConfig, export_vectors
 
 
 def main(argv: Sequence[str] | None = None) -> int:

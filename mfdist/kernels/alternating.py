@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mfdist.kernels.machine import kernel, summing
+from mfdist.kernels.numba_intrinsics import kernel, summing
 
 
 @kernel

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from mfdist.kernels import BIAS_COLUMN
-from mfdist.kernels.columns import add_times, copy
-from mfdist.kernels.machine import inlined
+from mfdist.kernels.numba_intrinsics import inlined
+from mfdist.kernels.row_arithmetic import add_times, copy
 
 
 @inlined

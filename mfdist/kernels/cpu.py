@@ -19,7 +19,10 @@ from typing import Any
 import numpy as np
 
 from mfdist.kernels.bags import add_bag_gradient, join_bag, leading_biases, refill, stride_with_bag
-from mfdist.kernels.columns import (
+from mfdist.kernels.grouping import cut, group
+from mfdist.kernels.numba_intrinsics import bare, barrier, inlined, kernel, numbers_of, short_kernel, unsigned
+from mfdist.kernels.packed import TERMS, catch_up, move, penalise
+from mfdist.kernels.row_arithmetic import (
     FAR,
     FAR_RATINGS,
     add_times,
@@ -32,9 +35,6 @@ from mfdist.kernels.columns import (
     prefetch_row,
     prefetch_to_write,
 )  # fmt: skip
-from mfdist.kernels.grouping import cut, group
-from mfdist.kernels.machine import bare, barrier, inlined, kernel, numbers_of, short_kernel, unsigned
-from mfdist.kernels.packed import TERMS, catch_up, move, penalise
 from mfdist.kernels.vectors import LANES
 
 CHUNK = 8

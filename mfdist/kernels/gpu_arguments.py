@@ -9,7 +9,7 @@ import torch
 import triton
 
 from mfdist.kernels import BIAS_COLUMN, packed
-from mfdist.kernels.rules import AdamRules
+from mfdist.kernels.missed_steps import AdamRules
 
 CHUNK = 32
 """Segments of more ratings are long; also the positions of a block of ``gpu.long_parts``."""

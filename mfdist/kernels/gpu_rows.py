@@ -10,14 +10,14 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from mfdist.kernels import packed, rules
+from mfdist.kernels import missed_steps, packed
 from mfdist.kernels.gpu_members import of_factors, of_own_bias
 
 SPARSE_ADAM = tl.constexpr(packed.SPARSE_ADAM)
 ADAMW = tl.constexpr(packed.ADAMW)
 ADAGRAD = tl.constexpr(packed.ROWWISE_ADAGRAD)
-SHORT_GAP = tl.constexpr(rules.SHORT_GAP)
-NODES = tl.constexpr(rules.NODES)
+SHORT_GAP = tl.constexpr(missed_steps.SHORT_GAP)
+NODES = tl.constexpr(missed_steps.NODES)
 
 STEP_COLUMNS = tl.constexpr(16)
 """Floats of a row of ``by_step``: see ``gpu_arguments.step_table``."""
@@ -81,7 +81,7 @@ def store_state(
         tl.store(table + base + WIDTH, mb, mask=live)
 
 
-# Missed steps, see kernels.rules --------------------------------------------------------------------
+# Missed steps, see kernels.missed_steps --------------------------------------------------------------------
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mfdist.kernels.machine import kernel
+from mfdist.kernels.numba_intrinsics import kernel
 
 ROW_LOAD = 4
 """Work on a row beside the work on one of its ratings, to cut ranges."""

@@ -28,11 +28,11 @@ from typing import Any
 
 import numpy as np
 
+from mfdist.kernels.bfloat16 import narrow_lines, widen_lines
 from mfdist.kernels.cpu import sums
 from mfdist.kernels.grouping import group
-from mfdist.kernels.machine import barrier, kernel, numbers_of
 from mfdist.kernels.messages import expect, post_gradients, post_rows, take
-from mfdist.kernels.narrowing import narrow_lines, widen_lines
+from mfdist.kernels.numba_intrinsics import barrier, kernel, numbers_of
 from mfdist.kernels.ranks import gather_for_ranks, learn, update_from_ranks
 from mfdist.kernels.requests import find_lines, read_requests, write_requests
 from mfdist.kernels.wire import (

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mfdist.kernels.machine import LOOKS, SPINS, clock, kernel, yield_processor
+from mfdist.kernels.numba_intrinsics import LOOKS, SPINS, clock, kernel, yield_processor
 from mfdist.kernels.sockets import AT, COUNT, WHOLE, add_section, clear_message, receive_some, send_some
 from mfdist.kernels.wire import (
     AFTER,

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from mfdist.kernels import BIAS_COLUMN, stride_of
-from mfdist.kernels.columns import copy, full, row_buffer
-from mfdist.kernels.machine import inlined
-from mfdist.kernels.rules import NODES, SHORT_GAP, AdamRules
+from mfdist.kernels.missed_steps import NODES, SHORT_GAP, AdamRules
+from mfdist.kernels.numba_intrinsics import inlined
+from mfdist.kernels.row_arithmetic import copy, full, row_buffer
 from mfdist.kernels.vectors import LANES, ONE, SIXTEEN, fma, load, root, spread, store, total
 
 ADAMW, SPARSE_ADAM, ROWWISE_ADAGRAD, SGD = range(4)
@@ -46,7 +46,7 @@ def shape_of(dim: int, bias: bool, members: int, kind: int) -> tuple[int, int, i
 
 @inlined
 def decays_between(by_step: Any, first: Any, end: Any) -> Any:
-    """(D_end / D_first, D_first / D_end), see ``kernels.rules``."""
+    """(D_end / D_first, D_first / D_end), see ``kernels.missed_steps``."""
     log = by_step[end, LOG_DECAY] - by_step[first, LOG_DECAY]
     if abs(log) < 0.01:  # five terms are exact to 1e-12 there, at a tenth of the time
         even, odd = 1.0 + log * log * (0.5 + log * log * (1.0 / 24.0)), log * (1.0 + log * log * (1.0 / 6.0))
@@ -61,7 +61,7 @@ def catch_up(
     """Bring the row at ``base``, which stands after step abs(``last``), to the state after step ``now``, and copy its
     weights to ``out`` (width,).
 
-    ``last`` is not written; ``terms`` is space (2, TERMS). See ``kernels.rules`` for the sums.
+    ``last`` is not written; ``terms`` is space (2, TERMS). See ``kernels.missed_steps`` for the sums.
     """
     width, kind = shape[1], shape[3]
     if abs(last) == now:

@@ -10,11 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from mfdist.kernels.columns import FAR, add_times, aligned, clear, copy, prefetch_line, prefetch_row, prefetch_to_write
 from mfdist.kernels.cpu import gradient, user_pass
 from mfdist.kernels.grouping import cut, group
-from mfdist.kernels.machine import all_arrived, arrive, bare, barrier, inlined, kernel, numbers_of, unsigned
+from mfdist.kernels.numba_intrinsics import all_arrived, arrive, bare, barrier, inlined, kernel, numbers_of, unsigned
 from mfdist.kernels.packed import TERMS, catch_up, move
+from mfdist.kernels.row_arithmetic import (
+    FAR,
+    add_times,
+    aligned,
+    clear,
+    copy,
+    prefetch_line,
+    prefetch_row,
+    prefetch_to_write,
+)
 from mfdist.kernels.vectors import LANES
 
 REQUEST, GATHER, LEARN, UPDATE, DONE = range(5)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from mfdist.kernels.rules import SHORT_GAP, AdamRules
+from mfdist.kernels.missed_steps import SHORT_GAP, AdamRules
 
 State = tuple[torch.Tensor, ...]
 

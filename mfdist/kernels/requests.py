@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mfdist.kernels.grouping import group
-from mfdist.kernels.machine import kernel
+from mfdist.kernels.numba_intrinsics import kernel
 from mfdist.kernels.ranks import bound
 from mfdist.kernels.wire import (
     ASKED,

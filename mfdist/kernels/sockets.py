@@ -18,7 +18,7 @@ from typing import Any
 
 from numba import types
 
-from mfdist.kernels.machine import kernel
+from mfdist.kernels.numba_intrinsics import kernel
 
 MOST = 8
 """Sections of a message."""

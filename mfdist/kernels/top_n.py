@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from mfdist.kernels.dot_tiles import ITEMS, USERS, bits_of, float_of, fma, marks_of_bytes, marks_of_floats
-from mfdist.kernels.machine import kernel
+from mfdist.kernels.numba_intrinsics import kernel
 
 TILES = 8
 """Tiles of items in a block."""

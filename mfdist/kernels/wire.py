@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from mfdist.kernels.machine import kernel
+from mfdist.kernels.numba_intrinsics import kernel
 
 RING = 3
 """Steps at hand: the one in work and two ahead; step m's place in the arrays of :class:`Ring` is m % RING."""

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from mfdist.kernels import alternating
-from mfdist.kernels.machine import Workers
+from mfdist.kernels.worker_threads import Workers
 from mfdist.model.models import MF
 from mfdist.model.tables import Exchange, ShardedTable
 

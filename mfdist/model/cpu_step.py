@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from mfdist.data.loader import Batch
-from mfdist.kernels import bags, columns, cpu, hosts, packed, ranks
-from mfdist.kernels.crew import Crew
-from mfdist.kernels.machine import Workers, constants
+from mfdist.kernels import bags, cpu, hosts, packed, ranks, row_arithmetic
+from mfdist.kernels.numba_intrinsics import constants
+from mfdist.kernels.worker_threads import StepThreads, Workers
 from mfdist.model.exchange import GroupExchange, SharedExchange, open_exchange
-from mfdist.model.host_exchange import HostExchange
+from mfdist.model.exchange_between_hosts import HostExchange
 from mfdist.model.models import MF
 from mfdist.model.objective import ITEM, USER, Objective
 from mfdist.model.optimizers import RowOptimizer
@@ -89,7 +89,7 @@ class FusedStep(nn.Module):
             for side in (USER, ITEM)
         )
         self._rules = packed.rule_arrays(optimizer.rules)
-        self._workers, self._alone, self._crew = Workers(threads), Workers(1), Crew(1, ())
+        self._workers, self._alone, self._step_threads = Workers(threads), Workers(1), StepThreads(1, ())
         self._gate, self._counts = np.zeros(1, np.int64), np.zeros(5, np.int64)
         self._numbers = np.zeros(len(packed.STEP_FIELDS), np.float32)
         self._by_user, self._by_item, self._by_owner = Grouped(), Grouped(), Grouped()
@@ -152,7 +152,7 @@ class FusedStep(nn.Module):
     def close(self) -> None:
         """End the kernels' threads, and close connections."""
         self._workers.close()
-        self._crew.close()
+        self._step_threads.close()
         if isinstance(self._exchange, HostExchange):
             self._exchange.close()
 
@@ -188,7 +188,7 @@ class FusedStep(nn.Module):
             for buffer, values in zip(self._batch, (*ids, rating.numpy()), strict=True):
                 buffer[:ratings] = values
             if self._world.size == 1:
-                self._crew.take(ratings, now, alone)
+                self._step_threads.take(ratings, now, alone)
             else:
                 self._step_with_others(ratings, now, alone)
         for table in self._pair:
@@ -270,13 +270,13 @@ class FusedStep(nn.Module):
         form = self.model.form
         through_bags = form.dim + 1 if form.implicit else 0
         self._batch = np.empty(rows, np.int32), np.empty(rows, np.int32), np.empty(rows, np.float32)
-        self._own = columns.row_buffer(rows, form.width)
-        self._before = columns.row_buffer(rows, form.width + through_bags)
+        self._own = row_arithmetic.row_buffer(rows, form.width)
+        self._before = row_arithmetic.row_buffer(rows, form.width + through_bags)
         self._errors, self._in_order = np.empty(rows, np.float32), np.arange(rows, dtype=np.int32)
         self._slopes = np.empty(rows * self._shape[4], np.float32)
         if self._world.size == 1:
-            self._crew.close()
-            self._crew = Crew(
+            self._step_threads.close()
+            self._step_threads = StepThreads(
                 self._workers.threads,
                 (self._sizes, self._batch, self._by_user.arrays, self._by_item.arrays, self._counts,
                  *self._tables[USER], *self._tables[ITEM], self._own, self._before, self._slopes, self._errors,

@@ -13,7 +13,7 @@ and reads lines 3 and 4. Rank 0 is asked for 2, 7 and 7, and writes lines 0, 1 a
 
 :class:`GroupExchange`: any ranks, by four collectives of the process group: where the others cannot be had.
 
-Between hosts there is ``host_exchange``, whose step is another.
+Between hosts there is ``exchange_between_hosts``, whose step is another.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from mfdist.cluster.connecting import open_transport
 from mfdist.cluster.shared_memory import SharedMemory
 from mfdist.errors import MfdistError
 from mfdist.kernels import ranks
-from mfdist.kernels.columns import pitch_of, row_buffer
-from mfdist.model.host_exchange import HostExchange
+from mfdist.kernels.row_arithmetic import pitch_of, row_buffer
+from mfdist.model.exchange_between_hosts import HostExchange
 from mfdist.model.tables import ShardedTable
 
 Floats32 = npt.NDArray[np.float32]

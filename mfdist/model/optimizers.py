@@ -1,8 +1,9 @@
 """Row optimizers: what one step, and a gap without gradients, does to the rows of a table.
 
 ``adamw`` is exact: a row carries the step it was last brought to, and takes the steps it missed in closed form before
-it is read (``kernels/rules``). ``sparse_adam`` (torch.optim.SparseAdam) moves touched rows only, ``rowwise_adagrad``
-and ``sgd`` have no momentum. Weight decay is decoupled and falls on every row at every step in all of them.
+it is read (``kernels/missed_steps``). ``sparse_adam`` (torch.optim.SparseAdam) moves touched rows only,
+``rowwise_adagrad`` and ``sgd`` have no momentum. Weight decay is decoupled and falls on every row at every step in all
+of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from mfdist.errors import UsageError
 from mfdist.kernels import reference
-from mfdist.kernels.rules import AdamRules, adam_rules
+from mfdist.kernels.missed_steps import AdamRules, adam_rules
 
 OPTIMIZERS = ("adamw", "sparse_adam", "rowwise_adagrad", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")

@@ -2,7 +2,7 @@
 
 Enters: sources (CSV, TSV, JSON lines, Parquet, gzip, zip, data frames; paths or URLs) and the flags of ``prepare``.
 Leaves: a dataset directory (``dataset.json``, lanes, vocabularies, rejected rows, report).
-A rating's way: ``sources``, ``columns``, ``readers``, ``row_blocks``, ``read_pass``, ``count_pass``, ``write_pass``.
+A rating's way: ``sources``, ``columns``, ``readers``, ``row_checks``, ``read_pass``, ``count_pass``, ``write_pass``.
 May import: ``pages``, ``data``, ``kernels`` and the top level.
 """
 

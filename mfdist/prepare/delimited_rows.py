@@ -12,7 +12,7 @@ from mfdist.prepare import delimited_text
 from mfdist.prepare.blank_text import plain_lines
 from mfdist.prepare.layout import BLANKS, Layout
 from mfdist.prepare.matrix_market import inside
-from mfdist.prepare.row_blocks import BAD_TIME, MAX_RAW_TEXT, REASONS, Block, Rules, judge, parse_number, parse_time
+from mfdist.prepare.row_checks import BAD_TIME, MAX_RAW_TEXT, REASONS, Block, Rules, judge, parse_number, parse_time
 
 
 def cut_delimited(content: bytes, layout: Layout, final: bool) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from mfdist.errors import DataError, UsageError
 from mfdist.prepare.plausible import facts_of, is_number
-from mfdist.prepare.row_blocks import parse_time
+from mfdist.prepare.row_checks import parse_time
 
 ROLES = ("user_id", "item_id", "rating", "timestamp")
 Values = Callable[[str], Sequence[str]]

@@ -17,7 +17,7 @@ from mfdist.data.id_text import float_text
 from mfdist.prepare import delimited_text
 from mfdist.prepare.json_records import record_spans
 from mfdist.prepare.layout import Layout
-from mfdist.prepare.row_blocks import (
+from mfdist.prepare.row_checks import (
     BAD_TIME,
     MAX_RAW_TEXT,
     MISSING,

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 
 from mfdist.errors import DataError
-from mfdist.prepare.row_blocks import Block
+from mfdist.prepare.row_checks import Block
 
 BANNER = "%%MatrixMarket"
 OUTSIDE = "row or column is outside the matrix"

@@ -31,7 +31,7 @@ from mfdist.prepare.input_files import find_sources, refuse_common
 from mfdist.prepare.layout import Layout
 from mfdist.prepare.preview import show
 from mfdist.prepare.read_pass import FrameSource, Ingest, ingest
-from mfdist.prepare.row_blocks import Rules
+from mfdist.prepare.row_checks import Rules
 from mfdist.prepare.sources import Source
 from mfdist.prepare.tables import check_id_types
 

@@ -16,7 +16,7 @@ from mfdist.log import Console
 from mfdist.prepare.layout import Layout
 from mfdist.prepare.plausible import EARLIEST_TIME, MIN_ROWS_OF_DISTINCT
 from mfdist.prepare.readers import chunks, parse
-from mfdist.prepare.row_blocks import Block, Rules
+from mfdist.prepare.row_checks import Block, Rules
 from mfdist.prepare.sources import Source
 from mfdist.prepare.times import in_seconds, unit_of
 

@@ -18,7 +18,7 @@ from mfdist.log import Console
 from mfdist.prepare.ids import SeenIds
 from mfdist.prepare.layout import Layout
 from mfdist.prepare.readers import chunks, parse
-from mfdist.prepare.row_blocks import Block, Rules
+from mfdist.prepare.row_checks import Block, Rules
 from mfdist.prepare.sources import Source
 from mfdist.prepare.spill import Arrays, IdSpill, RowSpill
 from mfdist.prepare.tables import BATCH_ROWS

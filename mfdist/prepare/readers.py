@@ -16,7 +16,7 @@ from mfdist.prepare.ids import hash_ids, plain_ids
 from mfdist.prepare.json_records import document_pieces
 from mfdist.prepare.json_rows import parse_document, parse_json_lines, parse_literal_lines
 from mfdist.prepare.layout import Layout
-from mfdist.prepare.row_blocks import Block, Rules
+from mfdist.prepare.row_checks import Block, Rules
 from mfdist.prepare.sources import Source, Text
 from mfdist.prepare.tables import parquet_batches, parse_table
 

@@ -19,7 +19,7 @@ from mfdist.data.id_text import float_text
 from mfdist.errors import DataError
 from mfdist.prepare import delimited_text
 from mfdist.prepare.layout import Layout
-from mfdist.prepare.row_blocks import (
+from mfdist.prepare.row_checks import (
     BAD_TIME,
     MAX_RAW_TEXT,
     NOT_A_NUMBER,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfdist.prepare.dates import days_from_civil, is_date
-from mfdist.prepare.row_blocks import BAD_TIME, Block
+from mfdist.prepare.row_checks import BAD_TIME, Block
 
 OTHER_UNIT = "timestamp is in another unit than the file's"
 _LEAST = 10**8

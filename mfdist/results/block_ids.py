@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from mfdist.prepare.ids import gather_bytes
-from mfdist.prepare.row_blocks import Block
+from mfdist.prepare.row_checks import Block
 
 
 def texts_of(block: Block, side: int) -> pa.Array:

@@ -25,7 +25,7 @@ from mfdist.log import Console
 from mfdist.results import ranking, ranking_metrics
 from mfdist.results.comparison_page import comparison_page, verdict
 from mfdist.results.error_sums import ErrorSums, deciles
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.results.floors import LaneUsers, floors, lane_rows
 from mfdist.results.item_lists import ItemLists
 from mfdist.results.trained_on import dataset_of_run, sample_of_run

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfdist.model.objective import six_of
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.results.fold_in_ranking import ChoiceSolver
 
 SAMPLED_USERS = 100_000

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 
 BLOCK = 1 << 16
 

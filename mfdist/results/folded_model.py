@@ -21,7 +21,7 @@ from mfdist.cluster.world import World
 from mfdist.data.dataset import Dataset
 from mfdist.data.scan import scan
 from mfdist.log import Console
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.results.fold_in import FoldIn, with_training
 from mfdist.results.item_lists import ItemLists
 from mfdist.results.new_ratings import NewRatings, read_new_ratings

@@ -20,7 +20,7 @@ from mfdist.prepare.delimited_rows import head_bytes
 from mfdist.prepare.headers import spellings
 from mfdist.prepare.layout import Layout
 from mfdist.prepare.readers import parse
-from mfdist.prepare.row_blocks import REASONS, Rules
+from mfdist.prepare.row_checks import REASONS, Rules
 from mfdist.results.block_ids import texts_of
 
 MARK, BLANKS = "\ufeff", " \t"

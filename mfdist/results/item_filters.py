@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mfdist import storage
 from mfdist.data.dataset import Dataset
 from mfdist.errors import UsageError
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.results.id_files import read_id_file
 from mfdist.results.item_lists import ItemLists
 from mfdist.results.top_items import TopItems

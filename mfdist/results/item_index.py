@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from mfdist.kernels import top_n
 from mfdist.kernels.dot_tiles import HAS_BYTES, ITEMS, USERS
-from mfdist.kernels.machine import Workers
+from mfdist.kernels.worker_threads import Workers
 from mfdist.results.item_lists import ItemLists
 
 BATCH_USERS = 170 * USERS

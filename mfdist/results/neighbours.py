@@ -12,10 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mfdist.errors import UsageError
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.results.item_index import ItemIndex
 from mfdist.results.item_lists import ItemLists
-from mfdist.results.recommended import ids_of_rows
+from mfdist.results.recommendation_table import ids_of_rows
 
 MEASURES = ("cosine", "inner")
 BLOCK_ROWS = 1 << 16

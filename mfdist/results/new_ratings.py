@@ -21,10 +21,10 @@ from mfdist.log import Console
 from mfdist.prepare.columns import recognise
 from mfdist.prepare.input_files import find_sources
 from mfdist.prepare.readers import chunks, parse
-from mfdist.prepare.row_blocks import Rules
+from mfdist.prepare.row_checks import Rules
 from mfdist.prepare.sources import Source
 from mfdist.results.block_ids import texts_of
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.results.item_lists import ItemLists
 from mfdist.results.part_files import check
 from mfdist.run.stopping import StopWatch

@@ -29,10 +29,10 @@ from mfdist.prepare.columns import parse_pair_columns, parse_rating_columns, rec
 from mfdist.prepare.input_files import find_sources
 from mfdist.prepare.layout import Layout
 from mfdist.prepare.readers import chunks, parse
-from mfdist.prepare.row_blocks import Block, Rules
+from mfdist.prepare.row_checks import Block, Rules
 from mfdist.prepare.sources import Source
 from mfdist.results.block_ids import texts_of
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.results.folded_model import FoldedModel, fold_in_files
 from mfdist.results.part_files import Parts, Write, check, ending_of
 from mfdist.results.trained_on import dataset_of_model

@@ -23,7 +23,7 @@ from mfdist.data.dataset import Dataset
 from mfdist.data.scan import scan
 from mfdist.metrics import hash_rows, in_sample
 from mfdist.results import ranking_metrics
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.results.item_lists import ItemLists
 from mfdist.results.ranking_metrics import K, gains, popular
 from mfdist.results.top_items import TopItems, seen_items

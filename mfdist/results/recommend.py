@@ -25,13 +25,13 @@ from mfdist.data.dataset import Dataset
 from mfdist.errors import UsageError
 from mfdist.log import Console
 from mfdist.prepare.columns import parse_rating_columns
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.results.folded_model import FoldedModel, fold_in_files
 from mfdist.results.id_files import read_ids
 from mfdist.results.item_filters import ItemFilters
 from mfdist.results.item_lists import ItemLists
 from mfdist.results.part_files import Parts, Write, check, checksum_of, ending_of, stoppable
-from mfdist.results.recommended import SCHEMA, refuse_unknown, table_of
+from mfdist.results.recommendation_table import SCHEMA, refuse_unknown, table_of
 from mfdist.results.top_items import TopItems, seen_items
 from mfdist.results.trained_on import check_dataset, dataset_of_model
 from mfdist.run.stopping import StopWatch

@@ -18,7 +18,7 @@ from typing import Any
 
 from mfdist import __version__, storage
 from mfdist.data.dataset import Manifest
-from mfdist.results import export
+from mfdist.results import exported_model
 from mfdist.results.loss_plot import loss_plot
 from mfdist.results.run_page import run_page
 
@@ -148,7 +148,7 @@ def write_report(
         storage.write_text(storage.join(run, "validation.json"), _json(validation))
     page = run_page(report, validation, records, storage.redact(run))
     storage.write_text(storage.join(run, "report.html"), page)
-    export.write_card(run, report, validation)
+    exported_model.write_card(run, report, validation)
     storage.write_text(storage.join(run, "report.json"), _json(report))
 
 

@@ -17,11 +17,11 @@ from mfdist.cluster.world import World
 from mfdist.config import flag
 from mfdist.errors import UsageError
 from mfdist.log import Console
-from mfdist.results.export import SIDES, ExportedModel
+from mfdist.results.exported_model import SIDES, ExportedModel
 from mfdist.results.id_files import read_ids
 from mfdist.results.neighbours import MEASURES, Neighbours, schema_of
 from mfdist.results.part_files import Parts, Write, check, checksum_of, ending_of, stoppable
-from mfdist.results.recommended import ids_of_rows
+from mfdist.results.recommendation_table import ids_of_rows
 from mfdist.run.stopping import StopWatch
 
 SEGMENT_ROWS = 1 << 16

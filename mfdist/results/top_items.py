@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mfdist.data.dataset import Dataset
 from mfdist.data.scan import scan
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.results.item_index import ItemIndex
 from mfdist.results.item_lists import ItemLists
 

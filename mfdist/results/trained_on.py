@@ -9,7 +9,7 @@ from typing import Any
 from mfdist import json_tables, storage
 from mfdist.data.dataset import MANIFEST, Dataset
 from mfdist.errors import DataError, UsageError
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 from mfdist.run.about import read_about
 
 if sys.version_info >= (3, 11):

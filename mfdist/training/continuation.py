@@ -24,7 +24,7 @@ from mfdist.data.scan import scan
 from mfdist.errors import UsageError
 from mfdist.model.models import ITEM_TABLE, MF, USER_TABLE, Form
 from mfdist.model.tables import ReplicatedTable
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 
 
 def begin_with(run: str, model: MF, dataset: Dataset, seed: int) -> None:

@@ -17,7 +17,7 @@ from mfdist.config import to_dict
 from mfdist.model.alternating import Weights
 from mfdist.model.objective import ITEM, USER
 from mfdist.model.tables import ReplicatedTable, Table, stored_order
-from mfdist.results import export, ranking_metrics, report
+from mfdist.results import exported_model, ranking_metrics, report
 from mfdist.results.floors import floors
 from mfdist.run import checkpoint
 from mfdist.training.announcement import next_commands
@@ -74,20 +74,25 @@ def finish(session: Session) -> dict[str, Any]:
         session.metrics.publish()
         with busy("drawing the report"):
             report.write_report(session.run, found, diagnosis, session.metrics.records())
+    _say(session, found)
+    world.barrier()
+    return found
+
+
+def _say(session: Session, found: dict[str, Any]) -> None:
+    """The result on the console, and what to do next."""
     final = found["final"]
     if final["val_rmse"] is not None:
         session.console.info(
-            f"result (epoch {chosen + 1}, {how}): RMSE {final['val_rmse_clipped']:.4f}, MAE "
+            f"result (epoch {final['epoch']}, {final['how_chosen']}): RMSE {final['val_rmse_clipped']:.4f}, MAE "
             f"{final['val_mae_clipped']:.4f}, clipped to the scale (raw {final['val_rmse']:.4f}, "
             f"{final['val_mae']:.4f}), on {found['dataset']['num_ratings']['val']:,} validation ratings"
         )
-    if final["val_rmse"] is not None or config.is_ranking:
+    if final["val_rmse"] is not None or session.config.is_ranking:
         session.console.info(f"recommendations: {ranking_metrics.sentence(found['ranking'])}")
     session.console.info(f"report: {storage.redact(session.run)}/report.html; next, for example")
-    for command in next_commands(session.run, errors=not config.is_ranking):
+    for command in next_commands(session.run, errors=not session.config.is_ranking):
         session.console.info(f"    {command}")
-    world.barrier()
-    return found
 
 
 def _best_on_val(session: Session) -> tuple[int, str]:
@@ -133,7 +138,7 @@ def export_model(session: Session) -> None:
         "units": {"mean": form.units.mean, "spread": form.units.spread}, **_about_ranking(session),
     }  # fmt: skip
     if world.is_main:
-        export.write_model(session.run, shapes, about, session.dataset)
+        exported_model.write_model(session.run, shapes, about, session.dataset)
     else:
         for _, chunks in shapes.values():
             for _ in chunks:

@@ -31,12 +31,13 @@ from mfdist.run.about import REMEDY
 from mfdist.run.lease import Lease
 from mfdist.run.stopping import StopWatch
 from mfdist.training.announcement import announce, epoch_line
-from mfdist.training.config import TrainConfig, check_changes
+from mfdist.training.config import TrainConfig
 from mfdist.training.data_facts import fitted
 from mfdist.training.epoch_results import measure_epoch
 from mfdist.training.finish import finish
 from mfdist.training.memory import check_memory
 from mfdist.training.meter import Meter
+from mfdist.training.resumed_config import check_changes
 from mfdist.training.session import (
     Session,
     build,

@@ -31,7 +31,7 @@ from mfdist import storage
 from mfdist.config import flag, parse_bytes
 from mfdist.errors import UsageError
 from mfdist.log import Console
-from mfdist.results.export import SIDES, ExportedModel, write_safetensors
+from mfdist.results.exported_model import SIDES, ExportedModel, write_safetensors
 
 FORMATS = ("faiss", "hnswlib", "parquet", "safetensors")
 NEIGHBOURS, BUILD_WIDTH = 16, 200

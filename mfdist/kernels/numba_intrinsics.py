@@ -1,10 +1,9 @@
-"""What numba does not say by itself: prefetch, arrays without owners, a barrier for threads; and the threads."""
+"""What numba does not say by itself: prefetch, arrays without owners, a barrier for threads."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from numba import njit, types
@@ -194,26 +193,3 @@ def all_arrived(lines: Any, aim: Any) -> bool:
         if not wait_briefly(lines[rank], aim):
             return False
     return True
-
-
-class Workers:
-    """``threads`` threads that share out ranges of rows; the caller is one of them."""
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="kernel") if threads > 1 else None
-
-    def all(self, call: Callable[[int], None]) -> None:
-        """``call(thread)`` on every thread at once."""
-        pending = [self._pool.submit(call, thread) for thread in range(1, self.threads)] if self._pool else []
-        call(0)
-        for future in pending:
-            future.result()
-
-    def ranges(self, rows: int, call: Callable[[int, int], None]) -> None:
-        """``call(low, high)`` for as many even ranges of ``rows`` rows as there are threads."""
-        self.all(lambda thread: call(rows * thread // self.threads, rows * (thread + 1) // self.threads))
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()

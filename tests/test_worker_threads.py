@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mfdist.cluster.world import World
-from mfdist.kernels import machine
+from mfdist.kernels import numba_intrinsics
 from mfdist.model import cpu_step
 from mfdist.model.cpu_step import FusedStep
 from mfdist.model.models import Form, MFAdvanced
@@ -32,10 +32,10 @@ def step_by(threads):
     return FusedStep(MFAdvanced(form, *tables), optimizer, Objective(), threads)
 
 
-def wait_until_asleep(crew):
+def wait_until_asleep(threads):
     """Return when every helper has gone to sleep since it was last woken, however busy the machine is."""
     end = time.monotonic() + 60
-    while any(crew._sleeps[:, 0] <= crew._woken):
+    while any(threads._sleeps[:, 0] <= threads._woken):
         assert time.monotonic() < end
         time.sleep(0.001)
 
@@ -49,8 +49,8 @@ def trained(threads, sleep=False):
             step(user, item, torch.from_numpy(rng.integers(1, 6, size).astype(np.float32)), size)
             errors.append(float(step.squared_error))
             if sleep:
-                wait_until_asleep(step._crew)
-        assert not sleep or sum(step._crew._woken) > 0
+                wait_until_asleep(step._step_threads)
+        assert not sleep or sum(step._step_threads._woken) > 0
         step.settle()
         return [step.model.user.packed.clone(), step.model.item.packed.clone(), torch.tensor(errors)]
     finally:
@@ -85,6 +85,6 @@ def test_threads_without_steps_take_no_time_and_end():
 
 def test_a_look_gives_up_and_sees_an_arrival():
     gate = np.zeros(16, np.int64)
-    assert not machine.wait_briefly(gate, 1)
-    machine.arrive(gate)
-    assert machine.wait_briefly(gate, 1) and not machine.wait_briefly(gate, 2)
+    assert not numba_intrinsics.wait_briefly(gate, 1)
+    numba_intrinsics.arrive(gate)
+    assert numba_intrinsics.wait_briefly(gate, 1) and not numba_intrinsics.wait_briefly(gate, 2)

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from mfdist import storage
 from mfdist.errors import UsageError
-from mfdist.results.export import ExportedModel
+from mfdist.results.exported_model import ExportedModel
 
 SCHEMA = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("rank", pa.int32()), ("score", pa.float32())])
 

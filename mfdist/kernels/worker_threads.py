@@ -1,25 +1,51 @@
-"""Threads that take part in the step of one process and never hold Python's lock while they do.
+"""Threads that run compiled arithmetic beside the caller.
 
-A step at batch 8192 lasts little more than half a millisecond; to hand it to a thread of a pool and to hear back costs
-a tenth of one, most of it for waking the thread. These threads wait for the next step in compiled code instead, looking
-for it (:func:`follow`), and go to sleep only after a millisecond without one.
+:class:`Workers` is a pool for calls of any kind, and costs some 50 microseconds a call, most of it for waking threads.
+A step of one process at batch 8192 lasts little more than half a millisecond, so it has :class:`StepThreads`: they wait
+for the next step in compiled code, looking for it (:func:`follow`) without Python's lock, and go to sleep only after a
+millisecond without one.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from mfdist.kernels.cpu import whole_step
-from mfdist.kernels.machine import arrive, arrived, kernel, short_kernel, wait_briefly
+from mfdist.kernels.numba_intrinsics import arrive, arrived, kernel, short_kernel, wait_briefly
 
 WAITS = 4
 """Times that the threads of a step wait for each other, with the one at the end."""
 RATINGS, NOW, PASSED, STOP = range(4)
 """Places of ``control`` (int64): size of the batch, the step that rows stand after, the arrivals at ``gate`` before
 this step, and whether there will be no more steps."""
+
+
+class Workers:
+    """``threads`` threads that share out ranges of rows; the caller is one of them."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="kernel") if threads > 1 else None
+
+    def all(self, call: Callable[[int], None]) -> None:
+        """``call(thread)`` on every thread at once."""
+        pending = [self._pool.submit(call, thread) for thread in range(1, self.threads)] if self._pool else []
+        call(0)
+        for future in pending:
+            future.result()
+
+    def ranges(self, rows: int, call: Callable[[int, int], None]) -> None:
+        """``call(low, high)`` for as many even ranges of ``rows`` rows as there are threads."""
+        self.all(lambda thread: call(rows * thread // self.threads, rows * (thread + 1) // self.threads))
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
 
 
 @kernel
@@ -49,7 +75,7 @@ def announce(go: Any, sleeps: Any, counted: Any) -> None:
         counted[k] = arrived(sleeps[k])
 
 
-class Crew:
+class StepThreads:
     """``threads`` threads for :func:`kernels.cpu.whole_step`, of which the caller is one.
 
     ``step``: its arguments from the shape on, which stay the same arrays from step to step.

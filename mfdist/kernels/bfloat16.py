@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mfdist.kernels.machine import kernel
+from mfdist.kernels.numba_intrinsics import kernel
 
 NO_NUMBER, QUIET = np.uint32(0x7F800000), np.uint32(0x400000)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mfdist.kernels.machine import inlined, prefetch, prefetch_far, unsigned
+from mfdist.kernels.numba_intrinsics import inlined, prefetch, prefetch_far, unsigned
 from mfdist.kernels.vectors import LANES, SIXTEEN, fma, load, spread, store, total
 
 FAR, NEAR = 16, 8
