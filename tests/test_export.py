@@ -9,6 +9,8 @@ import uuid
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
@@ -16,7 +18,9 @@ from datasets import make_dataset
 
 from mfdist import storage
 from mfdist.errors import DataError
+from mfdist.results import id_lookup
 from mfdist.results.exported_model import ExportedModel, model_path, write_card, write_model
+from mfdist.results.id_lookup import IdLookup
 from mfdist.results.ranking_metrics import FIGURES
 
 CONFIG = {"model": "mf_advanced", "dim": 6, "bias": True, "sigmoid": True, "sigmoid_range": [0.5, 5.5], "cold": "own"}
@@ -149,6 +153,38 @@ def test_rows_and_ids_are_inverse(tmp_path, dataset):
     assert model.rows_of("users", ["u5", "nobody", "u0", "u5"]).tolist() == [5, -1, 0, 5]
     assert model.rows_of("items", []).tolist() == []
     assert model.ids("items", 3, 6).to_pylist() == ["i3", "i4", "i5"]
+
+
+@pytest.mark.parametrize("bits", [64, 3])
+def test_a_lookup_finds_what_a_scan_finds(monkeypatch, bits):
+    """Texts of any length, repeated and absent; where hashes collide there is no table."""
+    true = id_lookup._hashed
+    monkeypatch.setattr(id_lookup, "_hashed", lambda texts: true(texts) >> np.uint64(64 - bits))
+    texts = ["", "a", "ä" * 40, "x" * 7, "x" * 8, "x" * 9, *(f"id {k}" for k in range(500))]
+    lookup = IdLookup.of(pa.chunked_array([texts[:3], texts[3:400], texts[400:]]))
+    assert (lookup is None) == (bits < 64)
+    if lookup is not None:
+        wanted = [*texts[::-1], "nobody", "id 500", "a", "X" * 8]
+        expected = [texts.index(text) if text in texts else -1 for text in wanted]
+        assert lookup.rows(pa.array(wanted)).tolist() == expected
+        assert lookup.rows(pa.array(wanted).slice(3, 9)).tolist() == expected[3:12]
+        assert lookup.rows(pa.array([], pa.string())).tolist() == []
+
+
+def test_a_hash_that_another_id_has_is_not_that_id(monkeypatch):
+    lookup = IdLookup.of(pa.chunked_array([["a", "b"]]))
+    true = id_lookup._hashed
+    monkeypatch.setattr(id_lookup, "_hashed", lambda texts: np.repeat(true(pa.array(["b"])), len(texts)))
+    assert lookup.rows(pa.array(["stranger", "b"])).tolist() == [-1, 1]
+
+
+def test_the_second_question_is_answered_by_the_table(tmp_path, dataset, monkeypatch):
+    export(tmp_path / "run", dataset)
+    model = ExportedModel.open(str(tmp_path / "run"))
+    asked = ["u5", "nobody", "u0", "u5"]
+    first = model.rows_of("users", asked)
+    monkeypatch.setattr(pc, "index_in", lambda *_, **__: pytest.fail("the vocabulary was scanned again"))
+    assert model.rows_of("users", asked).tolist() == first.tolist() == [5, -1, 0, 5]
 
 
 def test_a_failing_producer_leaves_no_model(tmp_path, dataset):

@@ -92,6 +92,24 @@ def test_val_rows_that_are_trained_on_are_counted(tmp_path: Path, capsys: pytest
     assert Counter(dataset.manifest.num_ratings) == {"train": 400, "val": 200}
 
 
+def test_val_rows_of_an_append_that_are_trained_on_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On before or beside them, of known and of new users."""
+    texts = {
+        "a.csv": "u1,a,5,100\nu1,b,4,100\nu2,a,3,100\nu3,c,2,100\n", "b.csv": "u9,a,5,100\nu1,c,5,100\n",
+        "c.csv": "u1,a,5,100\nu1,b,1,100\nu2,c,3,100\nu9,a,5,100\nu9,b,5,100\nu1,c,5,101\n",
+    }  # fmt: skip
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    a, b, c = (tmp_path / name for name in texts)
+    run(a, "--out", tmp_path / "d", "--val-fraction", 0, "--lanes", 2, "--columns", "0,1,2,3")
+    dataset = run(b, "--val", c, "--out", tmp_path / "d", "--append", "--columns", "0,1,2,3")
+    assert dataset.manifest.extra["val_in_train"] == {"pairs": 4, "rows": 2}
+    assert "4 of 6 --val rows" in capsys.readouterr().err
+    assert Counter(dataset.manifest.num_ratings) == {"train": 6, "val": 6}
+
+
 def test_an_append_of_known_bytes_beside_new_ones_is_refused(tmp_path: Path) -> None:
     first, second = ratings(tmp_path), ratings(tmp_path, "c.csv", "v")
     run(first, "--out", tmp_path / "d")

@@ -29,7 +29,8 @@ name packed and unpacked, and tables with a log of their own (Delta, Iceberg, Hu
 trained on too are counted.
 
 Times are seconds, milliseconds, microseconds or nanoseconds since 1970, told apart by their size for each file, days
-as YYYYMMDD, ISO 8601 (UTC where it names no zone), or dates and timestamps of Parquet. Stored are whole seconds.
+as YYYYMMDD, years from 1900 to 2100, ISO 8601 (UTC where it names no zone), or dates and timestamps of Parquet. Stored
+are whole seconds.
 """
 
 from __future__ import annotations

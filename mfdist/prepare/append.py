@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from mfdist import storage
 from mfdist.data.dataset import Dataset, FileEntry, Lane, Manifest, fingerprint
 from mfdist.data.id_text import ID_RULE, OLD_IDS
+from mfdist.data.scan import scan
 from mfdist.errors import DataError, UsageError
 from mfdist.log import Console
 from mfdist.prepare.config import PrepareConfig
@@ -33,10 +34,10 @@ from mfdist.prepare.read_pass import REJECTED_SCHEMA, Ingest
 from mfdist.prepare.replace import NEXT, REPLACED, commit, ordered_files
 from mfdist.prepare.report import write_dataset_report
 from mfdist.prepare.spill import Arrays, Ids, sorted_ids
-from mfdist.prepare.split import Duplicates, SplitRule, choose, time_cut
+from mfdist.prepare.split import Duplicates, SplitRule, choose, time_cut, val_in_train
 from mfdist.prepare.totals import survey
 from mfdist.prepare.vocabulary import vocabulary_file
-from mfdist.prepare.write_pass import named_pair, rating_facts, say_totals
+from mfdist.prepare.write_pass import named_pair, rating_facts, say_totals, say_val_in_train
 
 Counts = npt.NDArray[np.int64]
 
@@ -118,14 +119,18 @@ def append(config: PrepareConfig, dataset: Dataset, read: Ingest, scratch: str, 
     rows["item"] = items.rows(rows["item"], manifest.num_items + np.arange(len(items.new)))
     rows["user"] = users.rows(rows["user"], manifest.num_users + np.arange(len(users.new)))
     lanes = with_new_ranges(manifest, new_lane)
+    lane = lane_of_rows(lanes, rows["user"])
+    repeated = val_trained_on(dataset, lane, rows) if config.val else (0, 0)
     with console.busy("writing what is new"):
-        lanes, files, added = write_added(config, manifest, root, lanes, rows, len(users.new), scratch)
+        lanes, files, added = write_added(config, manifest, root, lanes, lane, rows, len(users.new), scratch)
+    manifest = with_val_in_train(manifest, repeated)
     grown = grow(manifest, read, lanes, files, users, items, rows["user"].size)
     num_old = sum(manifest.num_ratings.values())
     assert read.num_in == sum(added) + read.num_rejected + (grown.merged - manifest.merged)
     assert sum(grown.num_ratings.values()) == num_old + sum(added)
     with console.busy("writing users, items and the manifest"):
         done = finish(dataset, grown, (users.new, items.new), read.rejected_path, scratch)
+    say_val_in_train(repeated, added[1], console)
     say_totals(replace(done.manifest, num_ratings={"train": added[0], "val": added[1]}, filtered=0,
                        merged=grown.merged - manifest.merged, rejected=read.rejected), read, console)  # fmt: skip
     return done
@@ -175,12 +180,35 @@ def lane_writer(config_order: str, manifest: Manifest, root: str, scratch: str, 
                       suffix=suffix, time_unit=manifest.extra["time_unit"])  # fmt: skip
 
 
-def write_added(config: PrepareConfig, manifest: Manifest, root: str, lanes: list[Lane], rows: Arrays, num_new: int,
-                scratch: str) -> tuple[list[Lane], list[FileEntry], tuple[int, int]]:  # fmt: skip
+def val_trained_on(dataset: Dataset, lane: Counts, rows: Arrays) -> tuple[int, int]:
+    """Of the added validation rows: those of a pair that trains, here or there, and those with its time and rating."""
+    names = ("user", "item", "rating", *(("time",) if "time" in rows else ()))
+    pairs = same = 0
+    for number in np.unique(lane[rows["is_val"]]).tolist():
+        mine = lane == number
+        parts = [{name: rows[name][mine] for name in names} | {"val": rows["is_val"][mine].astype(np.uint8)}]
+        for _, user, item, rating, time in scan(dataset, "train", range(number, number + 1)):
+            old = {"user": user, "item": item, "rating": rating, "time": time, "val": np.zeros(len(user), np.uint8)}
+            parts.append({name: old[name] for name in parts[0]})
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        order = np.lexsort([whole[name] for name in ("rating", *names[3:], "item", "val", "user")])
+        found = val_in_train({name: column[order] for name, column in whole.items()})
+        pairs, same = pairs + found[0], same + found[1]
+    return pairs, same
+
+
+def with_val_in_train(manifest: Manifest, repeated: tuple[int, int]) -> Manifest:
+    """The manifest with the append's number of validation rows that are trained on too."""
+    before = manifest.extra.get("val_in_train", {})
+    counts = {name: before.get(name, 0) + count for name, count in zip(("pairs", "rows"), repeated, strict=True)}
+    return replace(manifest, extra={**manifest.extra, "val_in_train": counts})
+
+
+def write_added(config: PrepareConfig, manifest: Manifest, root: str, lanes: list[Lane], lane: Counts, rows: Arrays,
+                num_new: int, scratch: str) -> tuple[list[Lane], list[FileEntry], tuple[int, int]]:  # fmt: skip
     """Write the added rows lane by lane; (lanes, new files, (train, val) rows added)."""
     number = manifest.extra.get("appends", 0) + 1
     writer = lane_writer(manifest.order, manifest, root, scratch, f".append-{number:03d}", manifest.num_users + num_new)
-    lane = lane_of_rows(lanes, rows["user"])
     order = np.lexsort((rows["user"], lane))
     edges = np.searchsorted(lane[order], np.arange(len(lanes) + 1))
     wanted = [name for name in ("user", "item", "rating", "is_val", "key", "time") if name in rows]

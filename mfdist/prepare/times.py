@@ -1,8 +1,9 @@
-"""In which unit the times of a file are: seconds, milliseconds, microseconds, nanoseconds, or days as YYYYMMDD.
+"""In which unit the times of a file are: seconds to nanoseconds, days as YYYYMMDD, or years.
 
 A number says it by its size: seconds of the years 1973 to 5138 have values of their own, and so have the same years in
-each other unit. Smaller numbers say nothing. The unit is that of most of a file's first block; a later row that shows
-another one is refused, since a file has one unit. Everything is stored in seconds since 1970, fractions cut off.
+each other unit. Smaller numbers say nothing, unless all are years from 1900 to 2100. The unit is that of most of a
+file's first block; a later row that shows another one is refused, since a file has one unit. Everything is stored in
+seconds since 1970, fractions cut off.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from mfdist.prepare.row_checks import BAD_TIME, Block
 OTHER_UNIT = "timestamp is in another unit than the file's"
 _LEAST = 10**8
 _SPAN = 1000
+_FIRST_YEAR, _LAST_YEAR = 1900, 2100
 _FIRST_DAY, _LAST_DAY = 19000101, 21001231
 
 Times = npt.NDArray[np.int64]
@@ -27,7 +29,7 @@ Times = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TimeUnit:
-    """What one unit is called, and how many of them are a second (0: they are days as YYYYMMDD)."""
+    """What one unit is called, and how many of them are a second (0: they are dates of a calendar)."""
 
     name: str
     per_second: int
@@ -38,6 +40,7 @@ UNITS = (
     SECONDS, TimeUnit("milliseconds", 10**3), TimeUnit("microseconds", 10**6), TimeUnit("nanoseconds", 10**9)
 )  # fmt: skip
 DAYS = TimeUnit("days as YYYYMMDD", 0)
+YEARS = TimeUnit("years", 0)
 DATES = TimeUnit("dates and times", 1)
 """No number was seen."""
 
@@ -51,6 +54,8 @@ def unit_of(block: Block) -> TimeUnit | None:
         return DATES
     if numbers.min() >= _FIRST_DAY and numbers.max() <= _LAST_DAY and _day_seconds(numbers)[1].all():
         return DAYS
+    if numbers.min() >= _FIRST_YEAR and numbers.max() <= _LAST_YEAR:
+        return YEARS
     told = _units_shown(numbers)
     counts = np.bincount(told[told >= 0], minlength=len(UNITS))
     return UNITS[int(counts.argmax())] if counts.any() else SECONDS
@@ -61,8 +66,8 @@ def in_seconds(block: Block, unit: TimeUnit, per_second: int = 1) -> Block:
     if block.time is None or block.time.size == 0:
         return block
     number = np.ones(block.time.size, np.bool_) if block.dated is None else ~block.dated
-    if unit == DAYS:
-        seconds, good = _day_seconds(block.time)
+    if unit in (DAYS, YEARS):
+        seconds, good = _day_seconds(block.time if unit == DAYS else block.time.clip(0, 9999) * 10000 + 101)
         good |= ~number
     else:
         good, seconds = np.ones(number.size, np.bool_), block.time

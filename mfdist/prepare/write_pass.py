@@ -91,7 +91,7 @@ def assemble(config: PrepareConfig, read: Ingest, request: dict[str, Any], scrat
         rejected_file = write_rejected(config.target, read, scratch)
     manifest = make_manifest(config, read, plan, totals, item_counts, [user_file, item_file, rejected_file], request)
     say_totals(manifest, read, console)
-    say_val_in_train(manifest, console)
+    say_val_in_train(totals.val_in_train, manifest.num_ratings["val"], console)
     with console.busy("drawing the dataset's page"):
         write_dataset_report(config.target, manifest, totals.user_activity, item_counts.train, totals.facts.days)
     storage.write_text(storage.join(config.target, MANIFEST), manifest.to_json())
@@ -297,12 +297,12 @@ def is_synthetic(read: Ingest) -> bool:
     return any(storage.is_local(path) and os.path.exists(storage.local_path(path) + ".truth.json") for path in paths)
 
 
-def say_val_in_train(manifest: Manifest, console: Console) -> None:
-    """Warn of rows given as validation that are trained on too."""
-    known = manifest.extra["val_in_train"]
-    if known["pairs"]:
-        console.warn(f"{known['pairs']:,} of {manifest.num_ratings['val']:,} --val rows are of a user and item that "
-                     f"are trained on too, {known['rows']:,} of them with the same time and rating")  # fmt: skip
+def say_val_in_train(repeated: tuple[int, int], num_val: int, console: Console) -> None:
+    """Warn of rows given as validation that are trained on too: (of a pair that trains, with its time and rating)."""
+    pairs, same = repeated
+    if pairs:
+        console.warn(f"{pairs:,} of {num_val:,} --val rows are of a user and item that are trained on too, {same:,} of "
+                     "them with the same time and rating")  # fmt: skip
 
 
 def say_totals(manifest: Manifest, read: Ingest, console: Console) -> None:

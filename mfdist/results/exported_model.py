@@ -19,7 +19,7 @@ import math
 import mmap
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,9 @@ from mfdist.data.dataset import Dataset, column_range
 from mfdist.errors import DataError
 from mfdist.results.model_card import model_card
 from mfdist.results.model_config import check_config
+
+if TYPE_CHECKING:
+    from mfdist.results.id_lookup import IdLookup
 
 FORMAT_VERSION = 1
 TENSORS = ("user_embedding", "item_embedding", "user_bias", "item_bias", "offset")
@@ -140,6 +143,8 @@ class ExportedModel:
         self.item_bias = tensors.get("item_bias")
         self.offset = float(tensors["offset"][0]) if "offset" in tensors else 0.0
         self._ids: dict[str, pa.ChunkedArray] = {}
+        self._lookups: dict[str, IdLookup | None] = {}  # made when a side is asked for the second time
+        self._asked: set[str] = set()
 
     @staticmethod
     def open(run: str) -> ExportedModel:
@@ -237,10 +242,16 @@ class ExportedModel:
         return column_range(path, "id", first, end)
 
     def rows_of(self, side: str, ids: Sequence[str] | pa.Array) -> npt.NDArray[np.int64]:
-        """Row numbers of original ids, -1 where the vocabulary does not have one; one pass over the vocabulary."""
+        """Row numbers of original ids, -1 where the vocabulary does not have one.
+
+        The first call takes one pass over the vocabulary; the next ones look up hashes, where it fits into memory.
+        """
         import pyarrow.compute as pc  # a third of the time that loading takes
 
         wanted = pa.array(ids, pa.string())
+        lookup = self._lookup(side)
+        if lookup is not None:
+            return lookup.rows(wanted)
         unique = wanted.unique()
         rows = np.full(len(unique) + 1, -1, np.int64)
         count = self.num_users if side == "users" else self.num_items
@@ -251,6 +262,18 @@ class ExportedModel:
             rows[position[hits]] = first + hits
         found: npt.NDArray[np.int64] = rows[pc.index_in(wanted, value_set=unique).to_numpy(zero_copy_only=False)]
         return found
+
+    def _lookup(self, side: str) -> IdLookup | None:
+        """The table of hashes of a side, from the second call on."""
+        if side not in self._asked:
+            self._asked.add(side)
+            return None
+        if side not in self._lookups:
+            from mfdist.results.id_lookup import IdLookup  # compiled code, which one call does not need
+
+            self.ids(side, 0, 0)  # keeps a small vocabulary
+            self._lookups[side] = IdLookup.of(self._ids[side]) if side in self._ids else None
+        return self._lookups[side]
 
     def _predict_block(self, user: Array, item: Array) -> Floats:
         known_user, known_item = user >= 0, item >= 0
