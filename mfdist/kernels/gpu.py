@@ -17,11 +17,12 @@ first. Sizes known to the device alone (how many rows a batch has) bound no laun
 be, and programs past the end leave at once. Nothing waits for the device.
 
 ``SHAPE`` is (factors, bias, stride, kind, tile width, sigmoid, penalty, members, bags, column of the side's own bias in
-a member). Factors and bias are apart in the kernels: a tile of next_power_of_2(32 + 1) columns would be half empty.
-With members the bias is a column of each (``gpu_members``); with bags a user's row that is copied out goes on with its
-bag gradient and the weight of an item in its bag. ``rules`` is the tuple of ``gpu_arguments.rules_on``. Pointers are to
-packed float32 rows (``table``), to the same memory as int32 (``lasts``), to the arrays of ``gpu_step.Sorted``, and to
-rows copied out, PITCH floats apart. ``clock`` (1,) int32: steps taken so far.
+a member), with FACTORS to OWN_BIAS as the names of its places. Factors and bias are apart in the kernels: a tile of
+next_power_of_2(32 + 1) columns would be half empty. With members the bias is a column of each (``gpu_members``); with
+bags a user's row that is copied out goes on with its bag gradient and the weight of an item in its bag. ``rules`` is
+the tuple of ``gpu_arguments.rules_on``. Pointers are to packed float32 rows (``table``), to the same memory as int32
+(``lasts``), to the arrays of ``gpu_step.Sorted``, and to rows copied out, PITCH floats apart. ``clock`` (1,) int32:
+steps taken so far.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ import triton
 import triton.language as tl
 
 from mfdist.kernels.gpu_members import (
+    COLUMNS,
+    FACTORS,
+    HAS_BAGS,
+    HAS_BIAS,
+    MEMBERS,
+    STRIDE,
     bag_weight,
     item_terms,
     load_columns,
@@ -66,8 +73,8 @@ def gather(
     if tl.program_id(0) * R >= number:
         return
     live = j < number
-    base = tl.load(rows + j, mask=live, other=0).to(tl.int64) * SHAPE[2]
-    last = tl.load(lasts + base + SHAPE[2] - 1, mask=live, other=0)
+    base = tl.load(rows + j, mask=live, other=0).to(tl.int64) * SHAPE[STRIDE]
+    last = tl.load(lasts + base + SHAPE[STRIDE] - 1, mask=live, other=0)
     w, wb = load_row(table, base, live, SHAPE)
     m, v, mb, vb = load_state(table, base, live, SHAPE)
     w, wb = brought_up(w, wb, m, v, mb, vb, last, tl.load(clock), rules, SHAPE)
@@ -82,9 +89,9 @@ def settle(
     """Bring all ``number`` rows of a table to the present, in place."""
     j = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     live = j < number
-    base = j * SHAPE[2]
+    base = j * SHAPE[STRIDE]
     now = tl.load(clock)
-    last = tl.load(lasts + base + SHAPE[2] - 1, mask=live, other=0)
+    last = tl.load(lasts + base + SHAPE[STRIDE] - 1, mask=live, other=0)
     w, wb = load_row(table, base, live, SHAPE)
     m, v, mb, vb = load_state(table, base, live, SHAPE)
     w, wb = brought_up(w, wb, m, v, mb, vb, last, now, rules, SHAPE)
@@ -92,7 +99,7 @@ def settle(
     tl.debug_barrier()
     store_row(table, base, w, wb, live, SHAPE)
     store_state(table, base, m, v, mb, vb, live, SHAPE)
-    tl.store(lasts + base + SHAPE[2] - 1, tl.where(last > 0, now, -now), mask=live)
+    tl.store(lasts + base + SHAPE[STRIDE] - 1, tl.where(last > 0, now, -now), mask=live)
 
 
 @triton.jit
@@ -111,27 +118,27 @@ def user_pass(
         return
     live = j < number
     row = tl.load(rows + j, mask=live, other=0).to(tl.int64)
-    base = row * SHAPE[2]
+    base = row * SHAPE[STRIDE]
     first = tl.load(starts + j, mask=live, other=0)
     end = tl.load(starts + j + 1, mask=live, other=0)
     now = tl.load(clock)
-    last = tl.load(lasts + base + SHAPE[2] - 1, mask=live, other=0)
+    last = tl.load(lasts + base + SHAPE[STRIDE] - 1, mask=live, other=0)
     w, wb = load_row(table, base, live, SHAPE)
     m, v, mb, vb = load_state(table, base, live, SHAPE)
     w, wb = brought_up(w, wb, m, v, mb, vb, last, now, rules, SHAPE)
     short = live & (end - first <= LONG)
     g, gb = penalty(w, wb, end - first, row, live, scale, penalties, SHAPE)
-    if SHAPE[8]:
+    if SHAPE[HAS_BAGS]:
         share, weight = bag_weight(row, live, penalties)
-        bag = load_columns(table + SHAPE[0], base, live, SHAPE)
-        running = load_columns(table + 2 * SHAPE[0], base, live, SHAPE)
+        bag = load_columns(table + SHAPE[FACTORS], base, live, SHAPE)
+        running = load_columns(table + 2 * SHAPE[FACTORS], base, live, SHAPE)
         user = w + bag
         rated = tl.zeros_like(w)
         learned = tl.zeros_like(w)
         to = j.to(tl.int64) * PITCH
         store_row(before, to, user, wb, live, SHAPE)
-        store_columns(before + SHAPE[0], to, running, live, SHAPE)
-        tl.store(before + to + 2 * SHAPE[0], weight, mask=live)
+        store_columns(before + SHAPE[FACTORS], to, running, live, SHAPE)
+        tl.store(before + to + 2 * SHAPE[FACTORS], weight, mask=live)
     else:
         weight = tl.zeros_like(wb)
         user = w
@@ -144,12 +151,12 @@ def user_pass(
         place = tl.load(item_slot + k, mask=use, other=0).to(tl.int64) * ITEM_PITCH
         item, item_b = load_row(items, place, use, SHAPE)
         truth = tl.load(rating + k, mask=use, other=0.0)
-        if SHAPE[7]:
+        if SHAPE[MEMBERS]:
             e, c = member_slopes(user, item, weight, bias_of_all, truth, scale, low, span, SHAPE)
             store_slopes(slope, k, c, use, SHAPE)
             c = over_parts(tl.where(use[:, None], c, 0.0), SHAPE)
             g += c * (item + of_own_bias(SHAPE)[None, :])
-            if SHAPE[8]:
+            if SHAPE[HAS_BAGS]:
                 rated += item
                 learned += c * item
         else:
@@ -162,13 +169,13 @@ def user_pass(
     m, v, mb, vb = shrunk(m, v, mb, vb, last, now, rules, SHAPE)
     w, wb, m, v, mb, vb = moved_on(w, wb, m, v, mb, vb, g, gb, now, rules, SHAPE)
     tl.debug_barrier()
-    if SHAPE[8]:
+    if SHAPE[HAS_BAGS]:
         bag, running = renewed(bag, running, end - first, share, weight, rated, learned, SHAPE)
-        store_columns(table + SHAPE[0], base, bag, short, SHAPE)
-        store_columns(table + 2 * SHAPE[0], base, running, short, SHAPE)
+        store_columns(table + SHAPE[FACTORS], base, bag, short, SHAPE)
+        store_columns(table + 2 * SHAPE[FACTORS], base, running, short, SHAPE)
     store_row(table, base, w, wb, short, SHAPE)
     store_state(table, base, m, v, mb, vb, short, SHAPE)
-    tl.store(lasts + base + SHAPE[2] - 1, now + 1 + tl.zeros_like(last), mask=short)
+    tl.store(lasts + base + SHAPE[STRIDE] - 1, now + 1 + tl.zeros_like(last), mask=short)
 
 
 @triton.jit
@@ -198,14 +205,14 @@ def row_pass(
         k = tl.load(order + first + turn, mask=use, other=0)
         place = tl.load(user_slot + k, mask=use, other=0).to(tl.int64) * PITCH
         user, _user_b = load_row(before, place, use, SHAPE)
-        if SHAPE[7]:
+        if SHAPE[MEMBERS]:
             g += item_terms(load_slopes(slope, k, use, SHAPE), user, before, place, w, use, SHAPE)
         else:
             c = tl.load(slope + k, mask=use, other=0.0)
             g += c[:, None] * user
             gb += c
     if UPDATE:
-        step_rows(table, lasts, row * SHAPE[2], live, w, wb, g, gb, tl.load(clock), rules, SHAPE)
+        step_rows(table, lasts, row * SHAPE[STRIDE], live, w, wb, g, gb, tl.load(clock), rules, SHAPE)
     else:
         store_row(out, j.to(tl.int64) * OUT_PITCH, g, gb, live, SHAPE)
 
@@ -235,43 +242,43 @@ def long_parts(
     k = tl.load(order + q, mask=use, other=0)
     place = tl.load(other_slot + k, mask=use, other=0).to(tl.int64) * OTHER_PITCH
     other, other_b = load_row(others, place, use, SHAPE)
-    if SCORE | (SHAPE[8] > 0):
+    if SCORE | (SHAPE[HAS_BAGS] > 0):
         w, wb = load_row(own, segment.to(tl.int64) * OWN_PITCH, use, SHAPE)
     if SCORE:
         truth = tl.load(rating + k, mask=use, other=0.0)
-        if SHAPE[7]:
+        if SHAPE[MEMBERS]:
             weight = tl.zeros_like(truth)
-            if SHAPE[8]:
-                weight = tl.load(own + segment.to(tl.int64) * OWN_PITCH + 2 * SHAPE[0], mask=use, other=0.0)
+            if SHAPE[HAS_BAGS]:
+                weight = tl.load(own + segment.to(tl.int64) * OWN_PITCH + 2 * SHAPE[FACTORS], mask=use, other=0.0)
             e, c = member_slopes(w, other, weight, tl.load(offset), truth, scale, low, span, SHAPE)
             store_slopes(slope, k, c, use, SHAPE)
         else:
             e, c = slopes(w, wb, other, other_b, tl.load(offset), truth, scale, low, span, SHAPE)
             tl.store(slope + k, c, mask=use)
         tl.store(error + k, e, mask=use)
-    elif SHAPE[7]:
+    elif SHAPE[MEMBERS]:
         c = load_slopes(slope, k, use, SHAPE)
     else:
         c = tl.load(slope + k, mask=use, other=0.0)
-    if SHAPE[7] == 0:
+    if SHAPE[MEMBERS] == 0:
         terms = c[:, None] * other
     elif SCORE:
         terms = over_parts(c, SHAPE) * (other + of_own_bias(SHAPE)[None, :])
     else:
-        terms = item_terms(c, other, others, place, w if SHAPE[8] else other, use, SHAPE)
+        terms = item_terms(c, other, others, place, w if SHAPE[HAS_BAGS] else other, use, SHAPE)
     one = tl.arange(0, 1)
     always = one == 0
     for which in tl.static_range(2):
         mine = in_low if which == 0 else in_high
         g = tl.sum(tl.where(mine[:, None], terms, 0.0), axis=0)[None, :]
         gb = one.to(tl.float32)
-        if SHAPE[1]:
+        if SHAPE[HAS_BIAS]:
             gb += tl.sum(tl.where(mine, c, 0.0), axis=0)
         to = (2 * block.to(tl.int64) + which) * PITCH + one
         store_row(parts, to, g, gb, always, SHAPE)
-        if SCORE & (SHAPE[8] > 0):
+        if SCORE & (SHAPE[HAS_BAGS] > 0):
             store_columns(
-                parts + SHAPE[0], to, tl.sum(tl.where(mine[:, None], other, 0.0), axis=0)[None, :], always, SHAPE
+                parts + SHAPE[FACTORS], to, tl.sum(tl.where(mine[:, None], other, 0.0), axis=0)[None, :], always, SHAPE
             )
 
 
@@ -293,7 +300,7 @@ def long_rows(
     one = tl.arange(0, 1)
     always = one == 0
     g, gb = load_row(parts, (2 * block.to(tl.int64) + (first > block * C)) * PITCH + one, always, SHAPE)
-    D: tl.constexpr = SHAPE[4]
+    D: tl.constexpr = SHAPE[COLUMNS]
     sums = tl.zeros((T, D), tl.float32)
     sums_b = tl.zeros((T,), tl.float32)
     blocks = (end - 1) // C - block
@@ -307,30 +314,30 @@ def long_rows(
     w, wb = load_row(own, segment.to(tl.int64) * OWN_PITCH + one, always, SHAPE)
     row = tl.load(rows + segment).to(tl.int64) + one
     if BAGS:
-        base = row * SHAPE[2]
+        base = row * SHAPE[STRIDE]
         share, weight = bag_weight(row, always, penalties)
-        bag = load_columns(table + SHAPE[0], base, always, SHAPE)
-        running = load_columns(table + 2 * SHAPE[0], base, always, SHAPE)
+        bag = load_columns(table + SHAPE[FACTORS], base, always, SHAPE)
+        running = load_columns(table + 2 * SHAPE[FACTORS], base, always, SHAPE)
         begin = (2 * block.to(tl.int64) + (first > block * C)) * PITCH + one
-        rated = load_columns(parts + SHAPE[0], begin, always, SHAPE)
+        rated = load_columns(parts + SHAPE[FACTORS], begin, always, SHAPE)
         sums = tl.zeros((T, D), tl.float32)
         for turn in range((blocks + T - 1) // T):
             b = turn * T + tl.arange(0, T)
-            sums += load_columns(parts + SHAPE[0], 2 * (block + 1 + b).to(tl.int64) * PITCH, b < blocks, SHAPE)
+            sums += load_columns(parts + SHAPE[FACTORS], 2 * (block + 1 + b).to(tl.int64) * PITCH, b < blocks, SHAPE)
         rated += tl.sum(sums, axis=0)[None, :]
         bag, running = renewed(bag, running, end - first + one, share, weight, rated, g, SHAPE)
         w, wb = load_row(table, base, always, SHAPE)  # ``own`` is with the bag
-        last = tl.load(lasts + base + SHAPE[2] - 1)
+        last = tl.load(lasts + base + SHAPE[STRIDE] - 1)
         m, v, mb, vb = load_state(table, base, always, SHAPE)
         w, wb = brought_up(w, wb, m, v, mb, vb, last, tl.load(clock), rules, SHAPE)
     penalty_g, penalty_b = penalty(w, wb, end - first + one, row, always, scale, penalties, SHAPE)
     g += penalty_g
     gb += penalty_b
     if UPDATE:
-        step_rows(table, lasts, row * SHAPE[2], always, w, wb, g, gb, tl.load(clock), rules, SHAPE)
+        step_rows(table, lasts, row * SHAPE[STRIDE], always, w, wb, g, gb, tl.load(clock), rules, SHAPE)
         if BAGS:
-            store_columns(table + SHAPE[0], base, bag, always, SHAPE)
-            store_columns(table + 2 * SHAPE[0], base, running, always, SHAPE)
+            store_columns(table + SHAPE[FACTORS], base, bag, always, SHAPE)
+            store_columns(table + 2 * SHAPE[FACTORS], base, running, always, SHAPE)
     else:
         store_row(out, segment.to(tl.int64) * OUT_PITCH + one, g, gb, always, SHAPE)
 
@@ -346,7 +353,7 @@ def update(
     live = j < tl.load(count)
     w, wb = load_row(own, j.to(tl.int64) * OWN_PITCH, live, SHAPE)
     g, gb = load_row(grads, j.to(tl.int64) * PITCH, live, SHAPE)
-    base = tl.load(rows + j, mask=live, other=0).to(tl.int64) * SHAPE[2]
+    base = tl.load(rows + j, mask=live, other=0).to(tl.int64) * SHAPE[STRIDE]
     step_rows(table, lasts, base, live, w, wb, g, gb, tl.load(clock), rules, SHAPE)
 
 

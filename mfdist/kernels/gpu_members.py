@@ -14,6 +14,10 @@ import triton.language as tl
 
 from mfdist.kernels import BIAS_COLUMN
 
+(FACTORS, HAS_BIAS, STRIDE, KIND, COLUMNS, HAS_SIGMOID, HAS_PENALTY, MEMBERS, HAS_BAGS, OWN_BIAS) = (
+    tl.constexpr(place) for place in range(10)
+)
+"""Places of SHAPE: see ``gpu``."""
 USER_BIAS = tl.constexpr(BIAS_COLUMN[0])
 ITEM_BIAS = tl.constexpr(BIAS_COLUMN[1])
 
@@ -21,7 +25,7 @@ ITEM_BIAS = tl.constexpr(BIAS_COLUMN[1])
 @triton.jit
 def place_in_part(SHAPE: tl.constexpr) -> Any:
     """int32 (columns,): the column of its part that each column of a row is."""
-    return tl.arange(0, SHAPE[4]) % (SHAPE[0] // SHAPE[7])
+    return tl.arange(0, SHAPE[COLUMNS]) % (SHAPE[FACTORS] // SHAPE[MEMBERS])
 
 
 @triton.jit
@@ -34,7 +38,22 @@ def of_factors(SHAPE: tl.constexpr) -> Any:
 @triton.jit
 def of_own_bias(SHAPE: tl.constexpr) -> Any:
     """float32 (columns,): 1 for the biases of this side's rows: what a score's derivative has beside the other row."""
-    return (place_in_part(SHAPE) == SHAPE[9]).to(tl.float32)
+    return (place_in_part(SHAPE) == SHAPE[OWN_BIAS]).to(tl.float32)
+
+
+@triton.jit
+def error_and_slope(
+    score: tl.tensor, rating: tl.tensor, scale: tl.tensor, low: tl.tensor, span: tl.tensor, SHAPE: tl.constexpr
+) -> Any:
+    """Of scores the error, and the derivative of the loss by the score; ``rating`` in any shape that goes with it."""
+    if SHAPE[HAS_SIGMOID]:
+        s = 1 / (1 + tl.exp(-score))
+        error = low + span * s - rating
+        slope = scale * error * span * s * (1 - s)
+    else:
+        error = score - rating
+        slope = scale * error
+    return error, slope
 
 
 @triton.jit
@@ -47,19 +66,13 @@ def member_slopes(
     ``user``, ``item`` (R, columns), a user's with its bag; ``weight`` (R,): of a rated item in the bag, whose own part
     is taken from the score as a constant."""
     R: tl.constexpr = user.shape[0]
-    M: tl.constexpr = SHAPE[7]
+    M: tl.constexpr = SHAPE[MEMBERS]
     place = place_in_part(SHAPE)[None, :]
     terms = user * item + tl.where(place == USER_BIAS, user, 0.0) + tl.where(place == ITEM_BIAS, item, 0.0)
-    if SHAPE[8]:
+    if SHAPE[HAS_BAGS]:
         terms -= weight[:, None] * of_factors(SHAPE)[None, :] * item * item
-    score = tl.sum(tl.reshape(terms, (R, M, SHAPE[0] // M)), axis=2) + offset
-    if SHAPE[5]:
-        s = 1 / (1 + tl.exp(-score))
-        error = low + span * s - rating[:, None]
-        slope = scale * error * span * s * (1 - s)
-    else:
-        error = score - rating[:, None]
-        slope = scale * error
+    score = tl.sum(tl.reshape(terms, (R, M, SHAPE[FACTORS] // M)), axis=2) + offset
+    error, slope = error_and_slope(score, rating[:, None], scale, low, span, SHAPE)
     return tl.sum(error, axis=1) / M, slope
 
 
@@ -67,34 +80,34 @@ def member_slopes(
 def over_parts(values: tl.tensor, SHAPE: tl.constexpr) -> Any:
     """(R, columns): of ``values`` (R, MEMBERS) each member's in all columns of its part."""
     R: tl.constexpr = values.shape[0]
-    M: tl.constexpr = SHAPE[7]
-    return tl.reshape(tl.broadcast_to(values[:, :, None], (R, M, SHAPE[0] // M)), (R, SHAPE[0]))
+    M: tl.constexpr = SHAPE[MEMBERS]
+    return tl.reshape(tl.broadcast_to(values[:, :, None], (R, M, SHAPE[FACTORS] // M)), (R, SHAPE[FACTORS]))
 
 
 @triton.jit
 def load_slopes(slope: tl.tensor, k: tl.tensor, use: tl.tensor, SHAPE: tl.constexpr) -> Any:
     """(R, MEMBERS) slopes of ratings ``k``, zeros where not ``use``."""
-    place = k[:, None].to(tl.int64) * SHAPE[7] + tl.arange(0, SHAPE[7])[None, :]
+    place = k[:, None].to(tl.int64) * SHAPE[MEMBERS] + tl.arange(0, SHAPE[MEMBERS])[None, :]
     return tl.load(slope + place, mask=use[:, None], other=0.0)
 
 
 @triton.jit
 def store_slopes(slope: tl.tensor, k: tl.tensor, values: tl.tensor, use: tl.tensor, SHAPE: tl.constexpr) -> None:
-    place = k[:, None].to(tl.int64) * SHAPE[7] + tl.arange(0, SHAPE[7])[None, :]
+    place = k[:, None].to(tl.int64) * SHAPE[MEMBERS] + tl.arange(0, SHAPE[MEMBERS])[None, :]
     tl.store(slope + place, values, mask=use[:, None])
 
 
 @triton.jit
 def load_columns(source: tl.tensor, base: tl.tensor, live: tl.tensor, SHAPE: tl.constexpr) -> Any:
     """(R, columns) at ``source + base``, zeros where not ``live``."""
-    return tl.load(source + base[:, None] + tl.arange(0, SHAPE[4])[None, :], mask=live[:, None], other=0.0)
+    return tl.load(source + base[:, None] + tl.arange(0, SHAPE[COLUMNS])[None, :], mask=live[:, None], other=0.0)
 
 
 @triton.jit
 def store_columns(
     target: tl.tensor, base: tl.tensor, values: tl.tensor, live: tl.tensor, SHAPE: tl.constexpr
 ) -> None:  # fmt: skip
-    tl.store(target + base[:, None] + tl.arange(0, SHAPE[4])[None, :], values, mask=live[:, None])
+    tl.store(target + base[:, None] + tl.arange(0, SHAPE[COLUMNS])[None, :], values, mask=live[:, None])
 
 
 @triton.jit
@@ -125,8 +138,8 @@ def item_terms(
     rows stand at ``before + place`` with their bags, which bring a part of their own."""
     slopes = over_parts(c, SHAPE)
     terms = slopes * (user + of_own_bias(SHAPE)[None, :])
-    if SHAPE[8]:
-        running = load_columns(before + SHAPE[0], place, use, SHAPE)
-        weight = tl.load(before + place + 2 * SHAPE[0], mask=use, other=0.0)
+    if SHAPE[HAS_BAGS]:
+        running = load_columns(before + SHAPE[FACTORS], place, use, SHAPE)
+        weight = tl.load(before + place + 2 * SHAPE[FACTORS], mask=use, other=0.0)
         terms += running - weight[:, None] * of_factors(SHAPE)[None, :] * slopes * own
     return terms

@@ -11,7 +11,18 @@ import triton
 import triton.language as tl
 
 from mfdist.kernels import missed_steps, packed
-from mfdist.kernels.gpu_members import of_factors, of_own_bias
+from mfdist.kernels.gpu_members import (
+    COLUMNS,
+    FACTORS,
+    HAS_BIAS,
+    HAS_PENALTY,
+    KIND,
+    MEMBERS,
+    STRIDE,
+    error_and_slope,
+    of_factors,
+    of_own_bias,
+)
 
 SPARSE_ADAM = tl.constexpr(packed.SPARSE_ADAM)
 ADAMW = tl.constexpr(packed.ADAMW)
@@ -31,12 +42,13 @@ PACE = tl.constexpr(10)
 @triton.jit
 def load_row(source: tl.tensor, base: tl.tensor, live: tl.tensor, SHAPE: tl.constexpr) -> Any:
     """Factors (R, D) and biases (R,) at ``source + base``, zeros where not ``live``."""
-    DIM: tl.constexpr = SHAPE[0]
-    d = tl.arange(0, SHAPE[4])
-    factors = tl.load(source + base[:, None] + d[None, :], mask=live[:, None] & (d < DIM)[None, :], other=0.0)
+    d = tl.arange(0, SHAPE[COLUMNS])
+    factors = tl.load(
+        source + base[:, None] + d[None, :], mask=live[:, None] & (d < SHAPE[FACTORS])[None, :], other=0.0
+    )
     bias = tl.zeros_like(live.to(tl.float32))
-    if SHAPE[1]:
-        bias = tl.load(source + base + DIM, mask=live, other=0.0)
+    if SHAPE[HAS_BIAS]:
+        bias = tl.load(source + base + SHAPE[FACTORS], mask=live, other=0.0)
     return factors, bias
 
 
@@ -44,26 +56,25 @@ def load_row(source: tl.tensor, base: tl.tensor, live: tl.tensor, SHAPE: tl.cons
 def store_row(
     target: tl.tensor, base: tl.tensor, factors: tl.tensor, bias: tl.tensor, live: tl.tensor, SHAPE: tl.constexpr
 ) -> None:
-    DIM: tl.constexpr = SHAPE[0]
-    d = tl.arange(0, SHAPE[4])
-    tl.store(target + base[:, None] + d[None, :], factors, mask=live[:, None] & (d < DIM)[None, :])
-    if SHAPE[1]:
-        tl.store(target + base + DIM, bias, mask=live)
+    d = tl.arange(0, SHAPE[COLUMNS])
+    tl.store(target + base[:, None] + d[None, :], factors, mask=live[:, None] & (d < SHAPE[FACTORS])[None, :])
+    if SHAPE[HAS_BIAS]:
+        tl.store(target + base + SHAPE[FACTORS], bias, mask=live)
 
 
 @triton.jit
 def load_state(table: tl.tensor, base: tl.tensor, live: tl.tensor, SHAPE: tl.constexpr) -> Any:
     """First and second moment of rows, as factors and biases; of rowwise Adagrad the accumulator, as ``mb``."""
-    WIDTH: tl.constexpr = SHAPE[0] + SHAPE[1]
-    if SHAPE[3] <= SPARSE_ADAM:
+    WIDTH: tl.constexpr = SHAPE[FACTORS] + SHAPE[HAS_BIAS]
+    if SHAPE[KIND] <= SPARSE_ADAM:
         m, mb = load_row(table + WIDTH, base, live, SHAPE)
         v, vb = load_row(table + 2 * WIDTH, base, live, SHAPE)
     else:
-        m = tl.zeros_like(base[:, None] + tl.arange(0, SHAPE[4])[None, :]).to(tl.float32)
+        m = tl.zeros_like(base[:, None] + tl.arange(0, SHAPE[COLUMNS])[None, :]).to(tl.float32)
         v = m
         vb = tl.zeros_like(base).to(tl.float32)
         mb = vb
-        if SHAPE[3] == ADAGRAD:
+        if SHAPE[KIND] == ADAGRAD:
             mb = tl.load(table + base + WIDTH, mask=live, other=0.0)
     return m, v, mb, vb
 
@@ -73,11 +84,11 @@ def store_state(
     table: tl.tensor, base: tl.tensor, m: tl.tensor, v: tl.tensor, mb: tl.tensor, vb: tl.tensor, live: tl.tensor,
     SHAPE: tl.constexpr,
 ) -> None:  # fmt: skip
-    WIDTH: tl.constexpr = SHAPE[0] + SHAPE[1]
-    if SHAPE[3] <= SPARSE_ADAM:
+    WIDTH: tl.constexpr = SHAPE[FACTORS] + SHAPE[HAS_BIAS]
+    if SHAPE[KIND] <= SPARSE_ADAM:
         store_row(table + WIDTH, base, m, mb, live, SHAPE)
         store_row(table + 2 * WIDTH, base, v, vb, live, SHAPE)
-    elif SHAPE[3] == ADAGRAD:
+    elif SHAPE[KIND] == ADAGRAD:
         tl.store(table + base + WIDTH, mb, mask=live)
 
 
@@ -195,7 +206,7 @@ def shrunk(
     SHAPE: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Moments after the steps that rows missed."""
-    if SHAPE[3] == ADAMW:
+    if SHAPE[KIND] == ADAMW:
         moved = (last > 0) & (last < now)
         gap = tl.where(moved, now - last, 0)
         s1 = tl.load(rules[2] + 4 * gap)
@@ -214,7 +225,7 @@ def brought_up(
 ) -> Any:  # fmt: skip
     """Weights of rows, which stand after step abs(last), after step ``now``; their moments are only read."""
     log_gain = log_of_decay(last, now, rules)
-    if SHAPE[3] == ADAMW:
+    if SHAPE[KIND] == ADAMW:
         moved = (last > 0) & (last < now)
         gap = tl.where(moved, now - last, 0)
         if tl.max(gap, 0) > 0:
@@ -237,18 +248,18 @@ def moved_on(
     _log_decay, by_step, _by_gap, _early, _horizon, _plain_below, eps, c1, c2 = rules
     pace = by_step + (now + 1) * STEP_COLUMNS + PACE
     shift, rate1, root2, rate = tl.load(pace), tl.load(pace + 1), tl.load(pace + 2), tl.load(pace + 3)
-    if SHAPE[3] <= SPARSE_ADAM:
+    if SHAPE[KIND] <= SPARSE_ADAM:
         m += c1 * (g - m)
         v += c2 * (g * g - v)
         mb += c1 * (gb - mb)
         vb += c2 * (gb * gb - vb)
         w += w * shift - rate1 * m / (tl.sqrt(v) * root2 + eps)
         wb += wb * shift - rate1 * mb / (tl.sqrt(vb) * root2 + eps)
-    elif SHAPE[3] == ADAGRAD:
+    elif SHAPE[KIND] == ADAGRAD:
         squares = tl.sum(g * g, axis=1)
-        if SHAPE[1]:
+        if SHAPE[HAS_BIAS]:
             squares += gb * gb
-        mb += squares / (SHAPE[0] + SHAPE[1])
+        mb += squares / (SHAPE[FACTORS] + SHAPE[HAS_BIAS])
         steps = rate / (tl.sqrt(mb) + eps)
         w += w * shift - steps[:, None] * g
         wb += wb * shift - steps * gb
@@ -264,15 +275,14 @@ def step_rows(
     gb: tl.tensor, now: tl.tensor, rules: tl.tensor, SHAPE: tl.constexpr,
 ) -> None:  # fmt: skip
     """Take the step on rows whose current weights ``w``, ``wb`` are known, and whose stored ones may be old."""
-    STRIDE: tl.constexpr = SHAPE[2]
-    last = tl.load(lasts + base + STRIDE - 1, mask=live, other=0)
+    last = tl.load(lasts + base + SHAPE[STRIDE] - 1, mask=live, other=0)
     m, v, mb, vb = load_state(table, base, live, SHAPE)
     m, v, mb, vb = shrunk(m, v, mb, vb, last, now, rules, SHAPE)
     w, wb, m, v, mb, vb = moved_on(w, wb, m, v, mb, vb, g, gb, now, rules, SHAPE)
     tl.debug_barrier()
     store_row(table, base, w, wb, live, SHAPE)
     store_state(table, base, m, v, mb, vb, live, SHAPE)
-    tl.store(lasts + base + STRIDE - 1, now + 1 + tl.zeros_like(last), mask=live)
+    tl.store(lasts + base + SHAPE[STRIDE] - 1, now + 1 + tl.zeros_like(last), mask=live)
 
 
 @triton.jit
@@ -285,11 +295,11 @@ def penalty(
     ``penalties``: shares (rows,) float32, one over the training ratings of each row; the weights of factors, of biases
     and of members' scales at each rating, each as (always, times the share); then what ``bag_weight`` takes.
     """
-    if SHAPE[6]:
+    if SHAPE[HAS_PENALTY]:
         shares, factors, factors_once, biases, biases_once, scales, scales_once, _implicit = penalties
         share = tl.load(shares + rows, mask=live, other=0.0)
         times = scale * ratings.to(tl.float32)
-        if SHAPE[7]:
+        if SHAPE[MEMBERS]:
             factor = of_factors(SHAPE)
             bias = of_own_bias(SHAPE)
             always = factor * factors + bias * biases + (1 - factor - bias) * scales
@@ -311,11 +321,4 @@ def slopes(
 ) -> Any:  # fmt: skip
     """Per rating (R,): the error, and the derivative of the loss by the score."""
     score = tl.sum(w * item, axis=1) + wb + item_b + offset
-    if SHAPE[5]:
-        s = 1 / (1 + tl.exp(-score))
-        error = low + span * s - rating
-        slope = scale * error * span * s * (1 - s)
-    else:
-        error = score - rating
-        slope = scale * error
-    return error, slope
+    return error_and_slope(score, rating, scale, low, span, SHAPE)
