@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import fcntl
 import heapq
+import itertools
 import json
 import os
 import select
@@ -38,6 +39,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PREFIX, PORT = "10.79.0", 29655
+NUMBERS = itertools.count()
 PACKET_BYTES = 32768
 Row = dict[str, Any]
 
@@ -140,8 +142,9 @@ def measure(system: System, flags: argparse.Namespace) -> Row:
 @contextlib.contextmanager
 def network(size: int, delay_ms: float | None, gbps: float) -> Iterator[list[list[str]]]:
     """Hosts beside each other: for each the words that a command of it begins with."""
-    names = [f"mfbench{os.getpid()}-{rank}" for rank in range(size)]
-    bridge = f"mfb{os.getpid()}"
+    tag = f"{os.getpid() % 100_000}x{next(NUMBERS)}"  # a name is free again only a while after it was given up
+    names = [f"mfbench{tag}-{rank}" for rank in range(size)]
+    bridge = f"mfb{tag}"
     relay = None
     try:
         if delay_ms is None:
@@ -152,7 +155,7 @@ def network(size: int, delay_ms: float | None, gbps: float) -> Iterator[list[lis
             _ip("-n", name, "link", "set", "lo", "up")
         if delay_ms is None:
             for rank, name in enumerate(names):
-                link = f"mfv{os.getpid()}-{rank}"
+                link = f"mfv{tag}-{rank}"
                 _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
                 _ip("link", "set", link, "master", bridge, "up")
         else:
