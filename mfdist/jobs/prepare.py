@@ -38,6 +38,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from mfdist import process
 from mfdist.config import parse_config
 from mfdist.errors import exit_code_of
 from mfdist.log import Console
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def job() -> int:
     """The program: the exit code of ``main`` (see ``mfdist.errors``)."""
+    process.give_memory_back()
     return exit_code_of(main)
 
 
