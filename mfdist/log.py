@@ -33,8 +33,9 @@ class Console:
     go to :meth:`instead`.
     """
 
-    def __init__(self, speaks: bool = True) -> None:
-        self.speaks = speaks
+    def __init__(self, speaks: bool = True, aside: bool = False) -> None:
+        """``aside``: progress goes to stderr, of a job that prints its result on stdout."""
+        self.speaks, self._aside = speaks, aside
         self._unshown: list[str] = []
         self._instead: Callable[[str], None] | None = None
 
@@ -60,11 +61,11 @@ class Console:
 
     def progress(self, label: str, total: int, start: int = 0, unit: str = "ratings") -> Progress:
         """``total`` units of known number, ``start`` of them done before."""
-        return Progress(label, total, start, unit, self.speaks)
+        return Progress(label, total, start, unit, self.speaks, self._aside)
 
     def busy(self, label: str) -> Progress:
         """Work of unknown length: said with the time that it takes, where it takes any."""
-        return Progress(label, None, 0, "", self.speaks)
+        return Progress(label, None, 0, "", self.speaks, self._aside)
 
 
 class Progress:
@@ -74,11 +75,11 @@ class Progress:
     :meth:`advance` is not called.
     """
 
-    def __init__(self, label: str, total: int | None, start: int, unit: str, speaks: bool) -> None:
+    def __init__(self, label: str, total: int | None, start: int, unit: str, speaks: bool, aside: bool = False) -> None:
         self._label, self._total, self._unit, self._done, self._start = label, total, unit, start, start
         self._began = self._spoke = time.monotonic()
         self._compiled_before = self._left_out = compilation.seconds()
-        self._note, self._speaks, self._said = "", speaks, False
+        self._note, self._speaks, self._said, self._aside = "", speaks, False, aside
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
         self._bar: Any = None
@@ -136,7 +137,7 @@ class Progress:
 
     def _print(self, text: str) -> None:
         self._spoke, self._said = time.monotonic(), True
-        _show(text, sys.stdout)
+        self._write(text)
 
     def _line(self, now: float) -> str:
         compiled = compilation.seconds() - self._compiled_before
@@ -146,10 +147,14 @@ class Progress:
         if self._total is None:
             return f"{self._label}: {spent:.0f} s so far"
         rate = (self._done - self._start) / max(spent, 1e-9)
-        left = (self._total - self._done) / rate if rate else math.inf
+        if not rate:
+            return f"{self._label} {self._done}/{self._total} {self._unit} | {spent:.0f} s so far"
+        left = (self._total - self._done) / rate
         share = 100 * self._done / max(self._total, 1)
-        shown = time.strftime("%H:%M:%S", time.gmtime(left)) if math.isfinite(left) else "unknown"
-        speed = f"{rate / 1e6:.3f} M" if self._unit == "ratings" or rate >= 1e6 else f"{rate:,.0f}"
+        shown = time.strftime("%H:%M:%S", time.gmtime(left))
+        speed = f"{rate:,.{0 if rate >= 10 else 2}f}"
+        if self._unit == "ratings" or rate >= 1e6:
+            speed = f"{rate / 1e6:.3f} M"
         note = f" | {self._note}" if self._note else ""
         return f"{self._label} {share:.0f}% | {speed} {self._unit}/s | eta {shown}{note}"
 
@@ -168,12 +173,12 @@ class Progress:
         compiled = compilation.seconds() - self._compiled_before
         seconds = time.monotonic() - self._began - compiled
         if self._speaks and error[0] is None and compiled > 2:
-            self._close_with(f"kernels compiled in {compiled:.0f} s; they are kept for the next time")
+            self._write(f"kernels compiled in {compiled:.0f} s; they are kept for the next time")
         if self._total is None and error[0] is None and (self._said or (self._bar is not None and seconds > 2)):
-            self._close_with(f"{self._label}: {seconds:.0f} s")
+            self._write(f"{self._label}: {seconds:.0f} s")
 
-    def _close_with(self, text: str) -> None:
-        _show(text, sys.stdout)
+    def _write(self, text: str) -> None:
+        _show(text, sys.stderr if self._aside else sys.stdout)
 
 
 def _bar(**options: Any) -> Any:

@@ -106,6 +106,15 @@ def test_compilation_is_no_part_of_rate_and_time_left(monkeypatch, capsys):
     assert rate > 100 / 0.3 * 1.3  # 100 rows in 0.3 s, of which 0.2 are left out
 
 
+def test_progress_of_a_job_that_prints_its_result_goes_to_stderr(monkeypatch, capsys):
+    monkeypatch.setattr("mfdist.log.PLAIN_INTERVAL_SECONDS", 0.0)
+    with Console(aside=True).progress("work", 10, unit="parts") as progress:
+        time.sleep(0.2)
+        progress.advance(1)
+    out, err = capsys.readouterr()
+    assert out == "" and re.search(r"work 10% \| \d\.\d\d parts/s \| eta", err)
+
+
 def test_compiling_is_counted_and_said(tmp_path):
     """In a process of its own: whoever compiles first is told to wait."""
     code = """

@@ -219,7 +219,7 @@ def test_the_processes_of_a_trial_have_the_lanes_and_the_share_of_a_batch_of_the
 
 def test_a_calibration_that_fails_is_a_sentence(dataset: Dataset, tmp_path: Path) -> None:
     config = config_of(dataset, calibrate_seconds=0.05, ranks=(1,), init_from=str(tmp_path / "nothing"))
-    with pytest.raises(MfdistError, match=r"the calibration failed: .*nothing.* --calibrate-seconds 0 plans without"):
+    with pytest.raises(MfdistError, match=r"this machine failed: .*nothing.* --calibrate-seconds 0 plans without"):
         plan.plan(config)
 
 

@@ -71,7 +71,7 @@ def run_baseline(config: BaselineConfig, console: Console | None = None) -> dict
     epochs = _epochs(fitted, fit_end, figures)
     with console.busy("writing the model"):
         write_model(config.run_dir, fitted.tensors(), _model_config(config), dataset)
-    with console.busy("what simple predictions reach"):
+    with console.busy("measuring simple predictions to compare with"):
         table = _report(config, dataset, epochs, figures, began)
     log = MetricsLog(storage.join(config.run_dir, "metrics.jsonl"))
     for entry in epochs:

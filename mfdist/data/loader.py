@@ -91,8 +91,8 @@ class Loader:
         num_lanes = len(dataset.manifest.lanes)
         if world_size > num_lanes:
             raise UsageError(
-                f"{world_size} ranks cannot share the {num_lanes} lanes of {storage.redact(dataset.path)}; "
-                f"start at most {num_lanes}, or prepare with more --lanes."
+                f"{world_size} ranks cannot share the {num_lanes} lanes of {storage.redact(dataset.path)} (parts of "
+                f"whole users): start at most {num_lanes}, or prepare it with more --lanes."
             )
         self.stats = LoaderStats()
         self._threads = threads or default_threads(world_size)
@@ -216,8 +216,8 @@ class Loader:
         if window > free:
             worst = max(largest, key=lambda piece: piece.unit.rows)
             raise DataError(
-                f"{worst.file.name}, row group {worst.unit.groups[0]} has {worst.unit.rows:,} rows; two such row "
-                f"groups per lane need {window / 2**30:.1f} of {free / 2**30:.1f} GiB free. Prepare the data again."
+                f"{worst.file.name}, row group {worst.unit.groups[0]} has {worst.unit.rows:,} rows; two such "
+                f"groups for each lane need {window / 2**30:.1f} of {free / 2**30:.1f} GiB free. Prepare it again."
             )
         limit = free // 4 if memory_bytes is None else memory_bytes
         return bool(row_bytes * rows <= limit)

@@ -17,7 +17,7 @@ from mfdist.planning.plan import PlanConfig, format_plans, plan
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(PlanConfig, argv, __doc__ or "")
-    print(format_plans(plan(config, Console()), config))
+    print(format_plans(plan(config, Console(aside=True)), config))
     return 0
 
 

@@ -110,12 +110,13 @@ def measure(config: TrainConfig, trials: Sequence[Trial], threads: int) -> list[
         )
         if done.returncode:
             raise MfdistError(
-                f"the calibration failed: {_said(done.stderr)} --calibrate-seconds 0 plans without times."
+                f"the trial on this machine failed: {_said(done.stderr)} --calibrate-seconds 0 plans without times."
             )
         return [Measured(**{**one, "trial": Trial(**one["trial"])}) for one in json.loads(Path(found).read_text())]
     except subprocess.TimeoutExpired:
         raise MfdistError(
-            f"the calibration took more than {PATIENCE_SECONDS:.0f} s; --calibrate-seconds 0 plans without times."
+            f"the trial on this machine took more than {PATIENCE_SECONDS:.0f} s; --calibrate-seconds 0 plans without "
+            "times."
         ) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)

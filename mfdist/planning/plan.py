@@ -153,7 +153,10 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
         config, dataset = fitted(config, Dataset.open(config.data), World.alone())
     lanes = len(dataset.manifest.lanes)
     if max(config.ranks) > lanes:
-        raise UsageError(f"--ranks {max(config.ranks)}: the dataset has {lanes} lanes; ask for at most as many ranks.")
+        raise UsageError(
+            f"--ranks {max(config.ranks)}: the dataset is cut into {lanes} lanes, each of whole users, and each rank "
+            f"needs one; ask for at most {lanes}, or prepare it with more --lanes."
+        )
     plans = [plan_for(config, dataset, ranks, base) for ranks in config.ranks]
     if not config.calibrate_seconds or config.is_ranking or not dataset.manifest.num_ratings["train"]:
         return plans
@@ -346,7 +349,7 @@ def format_plans(plans: Sequence[Plan], config: PlanConfig) -> str:
         ("ranks", [f"{p.ranks}" for p in plans]),
         ("hosts", [f"{p.hosts}" for p in plans]),
         ("lanes of a rank", ["-".join(str(n) for n in sorted(set(p.lanes))) for p in plans]),
-        ("efficiency left by rounding lanes", [f"{p.efficiency:.1%}" for p in plans]),
+        ("busy share, as lanes stay whole", [f"{p.efficiency:.1%}" for p in plans]),
         ("steps an epoch", [f"{p.steps_per_epoch:,}" for p in plans]),
         ("memory of a rank", [_bytes(p.memory_bytes) for p in plans]),
         ("  tables and optimizer", [_bytes(p.table_bytes) for p in plans]),
@@ -374,13 +377,13 @@ def format_plans(plans: Sequence[Plan], config: PlanConfig) -> str:
 def _said(found: Measured) -> str:
     """What a measurement did, in a line."""
     trial = found.trial
-    part = f", {trial.lanes} lanes each: all do not fit into half of the free memory" if trial.lanes else ""
+    part = f", {trial.lanes} lanes each, as all do not fit into half of the free memory" if trial.lanes else ""
     who = f"{trial.processes} {'process' if trial.processes == 1 else 'processes'} of {found.threads} threads"
     return (
         f"measured for {trial.ranks}: {who} on {usable_cores()} cores{part}; {found.steps:,} steps of "
-        f"{1000 * found.step_seconds:.2f} ms, settling {found.settle_seconds:.2f} s, {found.validation_rows:,} "
-        f"validation rows {found.evaluate_seconds:.2f} s, {_bytes(found.stored_bytes)} stored in "
-        f"{found.store_seconds:.2f} s (pause {found.pause_seconds:.2f} s)"
+        f"{1000 * found.step_seconds:.2f} ms, all rows brought up to date in {found.settle_seconds:.2f} s, "
+        f"{found.validation_rows:,} validation rows {found.evaluate_seconds:.2f} s, {_bytes(found.stored_bytes)} "
+        f"stored in {found.store_seconds:.2f} s (pause {found.pause_seconds:.2f} s)"
     )
 
 

@@ -67,7 +67,12 @@ class PrepareConfig:
     )
     seed: int = flag(42, "seed of the split and of the order", group="validation rows", basic=True)
     lanes: int = flag(
-        0, "number of lanes; 0 or auto: 64 up to 10 M rows, 512 above", parse=_lanes, group="layout", metavar="NUMBER"
+        0,
+        "parts (lanes) of whole users that the ratings are cut into, at least as many as ranks will train; 0 or auto: "
+        "64 up to 10 M rows, 512 above",
+        parse=_lanes,
+        group="layout",
+        metavar="NUMBER",
     )
     duplicates: str = flag(
         "keep",
@@ -95,7 +100,11 @@ class PrepareConfig:
         metavar="N",
     )
     order: str = flag(
-        "random", "order of the ratings in a lane", choices=("random", "blocks"), group="layout", basic=True
+        "random",
+        "how the ratings of a part (lane) lie in its file: at random, or users beside each other, which is faster",
+        choices=("random", "blocks"),
+        group="layout",
+        basic=True,
     )
     rating_scale: tuple[float, float] | None = flag(
         None,

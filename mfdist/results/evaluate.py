@@ -65,7 +65,7 @@ def evaluate_runs(config: EvaluateConfig, world: World) -> dict[str, Any]:
     Where a run was made on a sample of the users (baseline_svd --sample-users), all are measured on the smallest
     sample's rows. UsageError where the runs were not made on the same validation rows.
     """
-    console = Console(world.is_main)
+    console = Console(world.is_main, aside=True)
     dataset = Dataset.open(config.data or dataset_of_run(config.runs[0]))
     with console.busy("opening the models"):
         models = [_EvaluatedModel(run, dataset) for run in config.all_runs]
@@ -81,7 +81,7 @@ def evaluate_runs(config: EvaluateConfig, world: World) -> dict[str, Any]:
     ]
     if config.ranking:
         _add_rankings(table, models, dataset, config, world, sample)
-    with console.busy("what simple predictions reach"):
+    with console.busy("measuring simple predictions to compare with"):
         reached = floors(dataset, world, sample=sample) if config.split == "val" else {}
     return {
         "dataset": _about(dataset),
@@ -194,7 +194,7 @@ def _scan_split(
     sums = [ErrorSums(manifest, config.seed) for _ in models]
     item_counts = dataset.counts("items")
     total = manifest.num_ratings[config.split]
-    with Console(world.is_main).progress(
+    with Console(world.is_main, aside=True).progress(
         f"evaluate {len(models)} {'run' if len(models) == 1 else 'runs'}", total
     ) as bar:
         for lane in lanes_of_rank(len(manifest.lanes), world.rank, world.size):

@@ -66,7 +66,8 @@ def _verify(config: HousekeepingConfig, run: str, say: Say) -> None:
     if not steps:
         raise DataError(f"{storage.redact(run)} has no checkpoint.")
     damaged = 0
-    with Console().progress("verify", sum(_bytes_of(run, step) for step in steps), unit="bytes") as progress:
+    whole = sum(_bytes_of(run, step) for step in steps)
+    with Console(aside=True).progress("verify", whole, unit="bytes") as progress:
         for step in steps:
             faults = checkpoint.verify(checkpoint.folder_of(run, step), progress.advance)
             damaged += bool(faults)

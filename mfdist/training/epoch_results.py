@@ -47,7 +47,7 @@ def measure_epoch(session: Session, epoch: int) -> tuple[dict[str, Any], dict[st
 def _measured(session: Session) -> tuple[dict[str, Any], dict[str, Any]]:
     """``SliceSums.summary()`` of the validation rows, and the figures of a ranking; either is of nothing."""
     if session.config.is_ranking:
-        with session.console.busy("ranking for some thousand users"):
+        with session.console.busy("measuring the recommendations of some thousand users"):
             ranking = session.validation.ranking(session.model)
         return session.validation.no_errors().summary(), {key: ranking[key] for key in FIGURES}
     with session.console.progress("validate", session.dataset.manifest.num_ratings["val"]) as bar:

@@ -37,13 +37,13 @@ def finish(session: Session) -> dict[str, Any]:
         load(session, folder)
     diagnosis, reached = None, {}
     if not config.is_ranking:
-        with busy("looking where the model errs"):
+        with busy("measuring where the model is wrong"):
             diagnosis = session.validation.diagnosis(session.model).figures()
-        with busy("what simple predictions reach"):
+        with busy("measuring simple predictions to compare with"):
             reached = floors(session.dataset, world)
     with busy("writing the model"):
         export_model(session)
-    with busy("what users would find among their recommendations"):
+    with busy("measuring the recommendations"):
         ranked = session.validation.ranking(session.model)
     how = "lowest error on the stop rows" if progress.stop_rmse else "last epoch"
     best, best_how = _best_on_val(session)
