@@ -21,6 +21,7 @@ JOBS = {
     "similar": "what is most like each item, or user",
     "export": "a model's vectors for faiss, hnswlib, Parquet or safetensors",
     "plan": "what a training will take, before it is submitted",
+    "tune": "search for settings of training on inner splits of the training rows",
     "checkpoint": "list, verify and prune the checkpoints of a run",
     "synthesize": "make synthetic ratings with a known answer",
 }

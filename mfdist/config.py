@@ -18,7 +18,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from mfdist import storage
@@ -129,6 +129,14 @@ def read_toml(cls: type[Any], path: str) -> dict[str, Any]:
     return values
 
 
+def value_of(cls: type[Any], name: str, text: str) -> Any:
+    """What ``text`` sets the flag of the field ``name`` to, checked; of a switch, true or false."""
+    field = next(field for field in dataclasses.fields(cls) if field.name == name)
+    switch = _plain_type(typing.get_type_hints(cls)[name]) is bool
+    value = {"true": True, "false": False}.get(text, text) if switch else text
+    return _convert(field, value, _flag_name(name), cls)
+
+
 def read_ready(name: str) -> dict[str, Any]:
     """The values of a ready configuration as TOML gives them, by field name."""
     return {key.replace("-", "_"): value for key, value in tomllib.loads(_text_of(name)).items()}
@@ -148,13 +156,13 @@ def _text_of(path: str) -> str:
 
 def to_toml(config: Any) -> str:
     """Every key of ``config`` as TOML that :func:`read_toml` reads back; URLs are redacted."""
-    lines = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value is None:
-            lines.append(f"# {_flag_name(field.name)[2:]} is not set")
-        else:
-            lines.append(f"{_flag_name(field.name)[2:]} = {_toml_value(value)}")
+    return toml_of({field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+
+
+def toml_of(values: Mapping[str, Any]) -> str:
+    """The same of some values by field name."""
+    keys = {_flag_name(name)[2:]: value for name, value in values.items()}
+    lines = [f"# {key} is not set" if value is None else f"{key} = {_toml_value(value)}" for key, value in keys.items()]
     return "\n".join(lines) + "\n"
 
 

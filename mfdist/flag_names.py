@@ -38,6 +38,11 @@ MEANINGS = {
     "sample-users": "sample fraction frac",
     "format": "type output-format kind",
     "rows": "num-rows n n-rows num-ratings size",
+    "trials": "n-trials num-trials max-trials budget",
+    "minutes": "max-minutes time-limit timeout max-time",
+    "splits": "folds n-folds cv n-splits",
+    "search": "space search-space params parameters lr epochs emb-dim l2 row-l2",
+    "training": "train-config base start",
     "ranks": "world-size nproc num-ranks num-gpus",
 }
 """Flags -> what they are called elsewhere; of several flags the first that a job has is meant."""

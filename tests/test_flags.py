@@ -65,6 +65,7 @@ def test_a_file_wins_over_a_ready_configuration(tmp_path: Path, monkeypatch: pyt
         ("recommend", "--k", "--top-k"), ("recommend", "--output", "--out"),
         ("prepare", "--test-size", "--val-fraction"),
         ("prepare", "--mem=4GiB", "--memory"), ("plan", "--world-size", "--ranks"), ("predict", "--model", "--run-dir"),
+        ("tune", "--n-trials", "--trials"), ("tune", "--lr", "--search"),
     ],
 )  # fmt: skip
 def test_an_unknown_flag_is_answered_with_the_one_that_means_it(job: str, given: str, meant: str) -> None:

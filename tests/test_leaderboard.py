@@ -1,4 +1,4 @@
-"""The leaderboard's bookkeeping and the search's inner splits, without training anything."""
+"""The leaderboard's bookkeeping, without training anything."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from datasets import make_dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import leaderboard
-import search_recipe
 import shapes
 from peers import PeerAbsent, columns_of
 
@@ -90,25 +89,3 @@ def test_the_last_fifth_after_pandas_shuffle():
     assert val["user_id"].tolist() == frame.sample(frac=1, random_state=42)["user_id"].tolist()[-2:]
     assert sorted([*train["user_id"], *val["user_id"]]) == list(range(11))
     assert leaderboard.divide([train, val])[1] is val
-
-
-def test_inner_splits_hold_out_a_fifth_or_thin_out_a_quarter_of_the_users():
-    rows = pd.DataFrame({"user_id": np.repeat(np.arange(200), 50)})
-    held = search_recipe.held_out(rows, False, np.random.default_rng(0))
-    assert held.mean() == pytest.approx(0.2, abs=0.02)
-    held = search_recipe.held_out(rows, True, np.random.default_rng(0))
-    by_user = held.reshape(200, 50).mean(axis=1)
-    assert np.count_nonzero(by_user) == 50
-    assert by_user[by_user > 0].mean() == pytest.approx(0.4, abs=0.04)
-
-
-def test_the_search_trains_once_for_each_setting(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(search_recipe, "rmse_of", lambda settings, *rest: asked.append(settings) or settings["lr"])
-    trials = search_recipe.Trials(tmp_path / "trials.jsonl", 0)
-    assert trials.error({"lr": 0.5}, ["a", "b"]) == 0.5
-    assert trials.error({"lr": 0.5}, ["a"]) == 0.5
-    assert search_recipe.Trials(tmp_path / "trials.jsonl", 0).error({"lr": 0.5}, ["b"]) == 0.5
-    assert len(asked) == 2
-    search_recipe.Trials(tmp_path / "trials.jsonl", 1).error({"lr": 0.5}, ["b"])
-    assert len(asked) == 3

@@ -171,15 +171,21 @@ def restore_or_initialise(session: Session, listen: Callable[[Record], None] | N
     if folder is not None:
         _restore(session, folder)
     else:
-        for table, number in ((session.model.user, USER_TABLE), (session.model.item, ITEM_TABLE)):
-            table.initialise(partial(session.model.form.initial, config.seed, number))
-        if config.init_from:
-            begin_with(config.init_from, session.model, session.dataset, config.seed)
+        initialise(session)
     path = storage.join(run, "metrics.jsonl") if world.is_main else None
     session.metrics = MetricsLog(path, session.progress.step if folder else None, listen)
     session.console.instead(lambda text: session.metrics.write("console", step=session.progress.step, text=text))
     kind = "resume" if folder else "start"
     session.metrics.write(kind, step=session.progress.step, epoch=session.progress.shown_epoch, world_size=world.size)
+
+
+def initialise(session: Session) -> None:
+    """Fill the tables with the initial values of the configuration."""
+    config = session.config
+    for table, number in ((session.model.user, USER_TABLE), (session.model.item, ITEM_TABLE)):
+        table.initialise(partial(session.model.form.initial, config.seed, number))
+    if config.init_from:
+        begin_with(config.init_from, session.model, session.dataset, config.seed)
 
 
 def _restore(session: Session, folder: str) -> None:
