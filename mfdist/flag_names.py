@@ -43,6 +43,7 @@ MEANINGS = {
     "splits": "folds n-folds cv n-splits",
     "search": "space search-space params parameters lr epochs emb-dim l2 row-l2",
     "training": "train-config base start",
+    "spark-master": "master cluster",
     "ranks": "world-size nproc num-ranks num-gpus",
 }
 """Flags -> what they are called elsewhere; of several flags the first that a job has is meant."""

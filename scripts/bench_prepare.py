@@ -3,15 +3,18 @@
     python scripts/bench_prepare.py --json prepare.json
     python scripts/bench_prepare.py --rows 100000000 --memory 4GiB
     python scripts/bench_prepare.py --source ratings_Electronics.csv
+    python scripts/bench_prepare.py --engine spark --rows 10000000     # prepare on one machine beside prepare on Spark
 
 Without --source the CSV is synthetic: Electronics' size (or --rows), from `jobs/synthesize.py --preset electronics`.
-Each program runs in a process of its own, polars and prepare in turn; the best of --repeats is shown. Compiled code is
-cached by a first run on a small file, as it is on every machine after its first use.
+Each program runs in a process of its own, both in turn; the best of --repeats is shown. Compiled code is cached by a
+first run on a small file, as it is on every machine after its first use. With --engine spark the peak is the resident
+memory of all processes together (Spark's and its Python workers'), and the bytes that Spark shuffled are told.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -19,9 +22,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 ELECTRONICS_ROWS = 7_824_482
@@ -43,15 +49,104 @@ def timed(command: list[str]) -> tuple[float, int]:
     return time.perf_counter() - began, usage.ru_maxrss * 1024
 
 
+class Together:
+    """The most resident memory that a process and those below it had at once, looked at five times a second."""
+
+    def __init__(self, pid: int) -> None:
+        self._process, self._over, self.peak = psutil.Process(pid), threading.Event(), 0
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.2):
+            total = 0
+            with contextlib.suppress(psutil.Error):
+                for process in (self._process, *self._process.children(recursive=True)):
+                    with contextlib.suppress(psutil.Error):
+                        total += process.memory_info().rss
+            self.peak = max(self.peak, total)
+
+    def end(self) -> int:
+        self._over.set()
+        self._thread.join()
+        return self.peak
+
+
+def timed_together(command: list[str], env: dict[str, str]) -> tuple[float, int]:
+    """(seconds, peak resident bytes of all its processes) of a program; it must succeed."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | env)
+    together = Together(process.pid)
+    code = process.wait()
+    peak = together.end()
+    if code:
+        raise SystemExit(f"{' '.join(command)} ended with {code}")
+    return time.perf_counter() - began, peak
+
+
+def shuffled_bytes(events: Path) -> int:
+    """The bytes that all tasks of Spark's event logs have written for others."""
+    total = 0
+    for path in (path for path in events.rglob("*") if path.is_file() and not path.name.startswith(".")):
+        for line in path.read_text().splitlines():
+            if '"SparkListenerTaskEnd"' in line:
+                metrics = json.loads(line).get("Task Metrics", {})
+                total += metrics.get("Shuffle Write Metrics", {}).get("Shuffle Bytes Written", 0)
+    return total
+
+
+def measure_spark(
+    source: Path, rows: int, memory: str, repeats: int, folder: Path, master: str
+) -> list[dict[str, Any]]:
+    """Prepare on one machine beside prepare on Spark, in turn; the datasets must be equal."""
+    events = folder / "events"
+    events.mkdir()
+    (folder / "spark-defaults.conf").write_text(
+        f"spark.eventLog.enabled true\nspark.eventLog.compress false\nspark.eventLog.dir file://{events}\n"
+        f"spark.local.dir {folder}\nspark.driver.memory 2g\nspark.ui.enabled false\n"
+    )
+    env = {"SPARK_CONF_DIR": str(folder), "SPARK_WORKER_DIR": str(folder / "workers")}
+    prepare = [sys.executable, "jobs/prepare.py", "--overwrite", "--memory", memory]
+    on_spark = ["--engine", "spark", "--spark-master", master]
+    commands = {"prepare": [str(source), "--out", str(folder / "one/d")],
+                "prepare --engine spark": [str(source), "--out", str(folder / "spark/d"), *on_spark]}  # fmt: skip
+    best: dict[str, tuple[float, int]] = {}
+    head = str(beginning(source, folder))
+    for more in ([], on_spark):
+        timed_together([*prepare, head, "--out", str(folder / "small"), *more], env)
+    shutil.rmtree(events)
+    events.mkdir()
+    for _ in range(repeats):
+        for name, command in commands.items():
+            seconds, peak = timed_together([*prepare, *command], env)
+            old = best.get(name, (seconds, peak))
+            best[name] = min(old[0], seconds), max(old[1], peak)
+    prints = [json.loads((folder / place / "d/dataset.json").read_text())["fingerprint"] for place in ("one", "spark")]
+    if prints[0] != prints[1]:
+        raise SystemExit(f"the datasets differ: {prints}")
+    shuffled = shuffled_bytes(events) // repeats
+    print(f"equal datasets; Spark shuffled {shuffled / 2**20:,.0f} MiB, {shuffled / rows:.1f} bytes a row ({master})")
+    return [{"system": name, "algorithm": "read, hash, split, lanes", "exact": True, "device": "cpu",
+             "threads": os.cpu_count(), "rows": rows, "seconds": seconds, "rows_per_second": rows / seconds,
+             "peak_rss_bytes": peak, "memory": memory, "shuffled_bytes": 0 if name == "prepare" else shuffled}
+            for name, (seconds, peak) in best.items()]  # fmt: skip
+
+
 def synthetic(rows: int, path: Path) -> None:
     command = [sys.executable, "jobs/synthesize.py", "--preset", "electronics", "--rows", str(rows), "--out", str(path)]
     subprocess.run(command, cwd=ROOT, check=True)
 
 
-def measure(source: Path, rows: int, memory: str, repeats: int, folder: Path) -> list[dict[str, Any]]:
+def beginning(source: Path, folder: Path) -> Path:
+    """The first thousand lines of a file, to compile with."""
     head = folder / "head.csv"
     with source.open() as whole:
         head.write_text("".join(line for line, _ in zip(whole, range(1000), strict=False)))
+    return head
+
+
+def measure(source: Path, rows: int, memory: str, repeats: int, folder: Path) -> list[dict[str, Any]]:
+    head = beginning(source, folder)
     prepare = [sys.executable, "jobs/prepare.py", "--overwrite", "--memory", memory]
     timed([*prepare, str(head), "--out", str(folder / "small")])
     polars = [sys.executable, "-c", SINK, str(source), str(folder / "out.parquet")]
@@ -74,6 +169,8 @@ def main() -> None:
     parser.add_argument("--source", help="a headerless CSV; else a synthetic one is made")
     parser.add_argument("--rows", type=int, default=ELECTRONICS_ROWS, help="rows of the synthetic CSV")
     parser.add_argument("--memory", default="4GiB", help="prepare's --memory")
+    parser.add_argument("--engine", choices=("local", "spark"), default="local", help="what stands beside prepare")
+    parser.add_argument("--spark-master", default="local-cluster[2,1,4096]", help="Spark's master, with --engine spark")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", help="where the figures go")
     args = parser.parse_args()
@@ -84,14 +181,15 @@ def main() -> None:
             synthetic(args.rows, source)
         with source.open("rb") as stream:
             rows = sum(piece.count(b"\n") for piece in iter(lambda: stream.read(1 << 24), b""))
-        found = measure(source, rows, args.memory, args.repeats, folder)
+        given = (source, rows, args.memory, args.repeats, folder)
+        found = measure_spark(*given, args.master) if args.engine == "spark" else measure(*given)
     finally:
         shutil.rmtree(folder)
     print(f"{'':34}{'seconds':>9}{'M rows/s':>10}{'peak RSS':>11}{'rows':>13}")
     for row in found:
         print(f"{row['system']:34}{row['seconds']:9.2f}{row['rows_per_second'] / 1e6:10.2f}"
               f"{row['peak_rss_bytes'] / 2**30:8.2f}GiB{row['rows']:13,}")  # fmt: skip
-    print(f"prepare takes {found[1]['seconds'] / found[0]['seconds']:.2f} times as long")
+    print(f"{found[1]['system']} takes {found[1]['seconds'] / found[0]['seconds']:.2f} times as long")
     if args.json:
         machine = {
             "processor": platform.processor() or platform.machine(),

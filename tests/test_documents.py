@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     path.relative_to(ROOT) for path in ROOT.glob("**/README.md") if not path.relative_to(ROOT).parts[0].startswith(".")
 )
-COMMAND = re.compile(r"    (python|torchrun|mfdist|[A-Z_]+=|kubectl|docker|scripts/|pip)\b")
+COMMAND = re.compile(r"    (python|torchrun|mfdist|[A-Z_]+=|kubectl|docker|sbatch|scripts/|pip)\b")
 LINES = [line for document in DOCUMENTS for line in (ROOT / document).read_text().splitlines()]
 COMMANDS = sorted({line.strip() for line in LINES if COMMAND.match(line)})
 
@@ -29,6 +29,8 @@ def job_and_flags(command: str) -> tuple[str, list[str]] | None:
             return Path(word).stem.removesuffix("_svd"), words[place + 1 :]
         if word.endswith("train.sbatch"):
             return "train", words[place + 1 :]
+        if word.endswith("prepare-spark.sbatch"):
+            return "prepare", words[place + 1 :]
     if words[0] == "mfdist" and words[1] == "launch":
         job = next(word for word in words[2:] if not word.startswith("-"))
         return job, words[words.index(job) + 1 :]

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import yaml
 from datasets import make_dataset
-from manifests import Manifest, containers, env_of, find, lint, pod_spec, render
+from manifests import Manifest, containers, env_of, find, lint, lint_safety, pod_spec, render
 from pods import Pods, missing
 
 K8S = Path(__file__).parents[1] / "k8s"
 KUSTOMIZATIONS = ["train", "overlays/one-gpu-node", "overlays/several-nodes", "overlays/object-store"]
-PLAIN = ["storage", "prepare", "baseline", "evaluate"]
+PLAIN = ["storage", "prepare", "prepare-spark", "baseline", "evaluate"]
 
 
 def manifests_of(name: str) -> list[Manifest]:
@@ -224,3 +224,65 @@ def test_lint_catches_a_network_that_is_open(change: Callable[[Manifest], Any], 
     manifests = copy.deepcopy(manifests_of("train"))
     change(find(manifests, "NetworkPolicy", "mfdist-train"))
     assert any(words in fault for fault in lint(manifests)), lint(manifests)
+
+
+SPARK = "mfdist-prepare-spark"
+
+
+def spark_settings() -> dict[str, str]:
+    data = find(manifests_of("prepare-spark"), "ConfigMap", SPARK)["data"]
+    return dict(line.split(None, 1) for line in data["spark-defaults.conf"].splitlines())
+
+
+def executor_pod() -> Manifest:
+    return yaml.safe_load(find(manifests_of("prepare-spark"), "ConfigMap", SPARK)["data"]["executor.yaml"])
+
+
+@pytest.mark.parametrize("version", ["1.33", "1.37"])
+def test_the_template_of_executors_is_valid(version: str) -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="needs the package kubernetes-validate")
+    validate.validate(executor_pod(), version, strict=True)
+
+
+def test_executors_are_as_safe_as_the_driver_and_see_the_same_data() -> None:
+    job = find(manifests_of("prepare-spark"), "Job", SPARK)
+    pod, driver = executor_pod()["spec"], pod_spec(job)
+    executor = {**job, "spec": {**job["spec"], "template": {"spec": pod}}}
+    assert lint_safety(executor) == []
+    assert pod["automountServiceAccountToken"] is False and pod["securityContext"] == driver["securityContext"]
+    volumes = {v["name"]: v for v in pod["volumes"]}
+    assert volumes["data"] == next(v for v in driver["volumes"] if v["name"] == "data")
+    assert all(m in driver["containers"][0]["volumeMounts"] for m in pod["containers"][0]["volumeMounts"])
+    assert pod["containers"][0]["workingDir"] == "/tmp" and "emptyDir" in volumes["tmp"]
+
+
+def test_sparks_driver_is_found_by_its_service_and_may_work_with_pods_alone() -> None:
+    manifests, settings = manifests_of("prepare-spark"), spark_settings()
+    service = find(manifests, "Service", SPARK)["spec"]
+    assert settings["spark.driver.host"] == SPARK and service["clusterIP"] == "None"
+    assert service["selector"] == {"batch.kubernetes.io/job-name": SPARK}
+    ports = {str(entry["port"]) for entry in service["ports"]}
+    assert ports == {settings["spark.driver.port"], settings["spark.driver.blockManager.port"]}
+    (rule,) = find(manifests, "Role", SPARK)["rules"]
+    assert (rule["apiGroups"], rule["resources"]) == ([""], ["pods"]) and "*" not in rule["verbs"]
+    binding = find(manifests, "RoleBinding", SPARK)
+    assert binding["roleRef"]["name"] == binding["subjects"][0]["name"] == SPARK
+    job = find(manifests, "Job", SPARK)
+    assert pod_spec(job)["serviceAccountName"] == SPARK
+    labels = find(manifests, "NetworkPolicy", SPARK)["spec"]["podSelector"]["matchLabels"]
+    assert labels == job["spec"]["template"]["metadata"]["labels"]
+    assert settings["spark.kubernetes.executor.label.app.kubernetes.io/name"] == labels["app.kubernetes.io/name"]
+    assert settings["spark.authenticate"] == "true"
+
+
+def test_an_executor_has_memory_for_the_tasks_that_it_runs_at_once() -> None:
+    from mfdist.config import parse_bytes, parse_config
+    from mfdist.prepare.config import PrepareConfig
+
+    settings = spark_settings()
+    args = containers(find(manifests_of("prepare-spark"), "Job", SPARK))[0]["args"]
+    config = parse_config(PrepareConfig, args, "test")
+    beside = parse_bytes(settings["spark.executor.memoryOverhead"].replace("g", "GiB"))
+    assert config.engine == "spark" and beside >= int(settings["spark.executor.cores"]) * config.memory * 1.25
+    assert settings["spark.kubernetes.executor.limit.cores"] == settings["spark.executor.cores"]
+    assert executor_pod()["spec"]["containers"][0]["image"] == settings["spark.kubernetes.container.image"]

@@ -21,6 +21,7 @@ ROOMS = {
     "data": f"kernels {TOP}",
     "pages": TOP,
     "prepare": f"pages data kernels {TOP}",
+    "prepare_spark": f"prepare data kernels {TOP}",
     "model": f"data cluster kernels {TOP}",
     "run": f"data cluster {TOP}",
     "results": f"prepare pages run model data cluster kernels {TOP}",
@@ -30,7 +31,8 @@ ROOMS = {
     "planning": f"training results synthetic prepare run model data cluster kernels {TOP}",
     "tuning": f"flag_names training results synthetic prepare pages run model data cluster kernels {TOP}",
     "api": f"results prepare data {TOP}",
-    "jobs": f"tuning planning training baseline results synthetic prepare run model data cluster kernels api {TOP}",
+    "jobs": f"tuning planning training baseline results synthetic prepare_spark prepare run model data "
+    f"cluster kernels api {TOP}",
     "errors": "process",
     "storage": "errors",
     "config": "errors storage flag_names",

@@ -130,3 +130,35 @@ def test_the_chain_and_its_gate(cluster: Cluster, tmp_path: Path) -> None:
     assert gate["ExitCode"] in ("0:0", "5:0")
     runs = json.loads((tmp_path / "runs/comparison.json").read_text())
     assert "advanced" in json.dumps(runs) and "svd" in json.dumps(runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["done", "refused", "cancelled"])
+def test_prepare_on_a_spark_cluster_of_the_allocation(cluster: Cluster, tmp_path: Path, end: str) -> None:
+    """The dataset of one machine; on every way out no process and no file of the cluster is left."""
+    import psutil
+    from spark_runs import content, ended, skip_where_missing
+
+    skip_where_missing()
+    source = tmp_path / "ratings.csv"
+    source.write_text("".join(f"u{k % 97},i{k % 31},{k % 5 + 1},{k}\n" for k in range(3000)))
+    flags = ["--lanes", "3"] if end != "refused" else ["--min-user-ratings", "999"]
+    job = cluster.run(
+        "sbatch", "--parsable", f"--chdir={ROOT}", f"--output={tmp_path}/log", "--nodes=1", "--cpus-per-task=2",
+        str(SCRIPTS / "prepare-spark.sbatch"), str(source), "--out", str(tmp_path / "spark/d"), *flags,
+        MFDIST_PYTHON=sys.executable, EXECUTOR_MEMORY="1g", DRIVER_MEMORY="1g", SPARK_LOCAL_HOSTNAME="localhost",
+    )  # fmt: skip
+    if end == "cancelled":
+        cluster.wait_for(lambda: (tmp_path / "spark/d").exists(), 120, "the beginning of the work")
+        cluster.run("scancel", "--batch", "--signal=TERM", job)
+    state = cluster.wait_for_end(job)
+    log = (tmp_path / "log").read_text()
+    assert state["ExitCode"].split(":")[0] == {"done": "0", "refused": "3", "cancelled": "143"}[end], log
+    if end == "done":
+        assert ended([str(source), *flags, "--out", str(tmp_path / "one/d")])[0] == 0
+        assert content(tmp_path / "spark") == content(tmp_path / "one")
+    else:
+        assert not (tmp_path / "spark/d/dataset.json").exists()
+    assert not list(ROOT.glob(".mfdist-spark-*"))
+    lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    assert not [line for line in lines if "spark.deploy" in line]

@@ -6,6 +6,7 @@ python jobs/prepare.py u1.base --val u1.test --out data/u1
 python jobs/prepare.py 'ratings/date=2020-*' --columns user,item,stars,date --out data/year2020
 python jobs/prepare.py ratings.csv --dry-run                      # how its columns are read; nothing is written
 python jobs/prepare.py --verify data/electronics
+python jobs/prepare.py 'raw/*.csv' --out /shared/all --engine spark  # the same files, by Spark (Java 17, mfdist[spark])
 
 What a file is, is told by its content, not by its name; what it was taken for is said. Read are
 * text: CSV, TSV, fields separated by ; | :: or blanks (LIBMF; KONECT with its % comments), with a header or without;
@@ -48,10 +49,15 @@ from mfdist.prepare.prepare import look, prepare
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(PrepareConfig, argv, __doc__ or "")
+    engine = None
+    if config.engine == "spark":
+        from mfdist.prepare_spark.engine import SparkEngine
+
+        engine = SparkEngine(config.spark_master)
     if config.dry_run:
         look(config, Console())
     else:
-        prepare(config)
+        prepare(config, engine=engine)
     return 0
 
 

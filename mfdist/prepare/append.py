@@ -34,7 +34,7 @@ from mfdist.prepare.read_pass import REJECTED_SCHEMA, Ingest
 from mfdist.prepare.replace import NEXT, REPLACED, commit, ordered_files
 from mfdist.prepare.report import write_dataset_report
 from mfdist.prepare.spill import Arrays, Ids, sorted_ids
-from mfdist.prepare.split import Duplicates, SplitRule, choose, time_cut, val_in_train
+from mfdist.prepare.split import Duplicates, SplitRule, choose, time_bins, time_cut, val_in_train
 from mfdist.prepare.totals import survey
 from mfdist.prepare.vocabulary import vocabulary_file
 from mfdist.prepare.write_pass import named_pair, rating_facts, say_totals, say_val_in_train
@@ -112,7 +112,7 @@ def append(config: PrepareConfig, dataset: Dataset, read: Ingest, scratch: str, 
     try:
         parts = list(Groups(read, config.duplicates, counts, bounds, os.cpu_count() or 1, console)("count"))
     except Duplicates as pair:
-        raise DataError(named_pair(read, pair)) from None
+        raise DataError(named_pair(read.ids, pair)) from None
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     rows = choose(rows, split_rule(config, manifest, rows, read))
     new_lane = lanes_of_new(manifest, rows["user"], users.new.hashes)
@@ -140,7 +140,9 @@ def split_rule(config: PrepareConfig, manifest: Manifest, rows: Arrays, read: In
     """The dataset's own rule; files given as ``--val`` validate, and everything added beside them trains."""
     split = manifest.split
     kind = "given" if config.val else split["kind"]
-    cut = time_cut(lambda: [rows], *read.time_range, split["fraction"]) if kind == "time" else 0
+    cut = 0
+    if kind == "time":
+        cut = time_cut(lambda *bins: time_bins(rows, *bins), *read.time_range, split["fraction"])
     return SplitRule(kind=kind, fraction=split["fraction"], seed=split["seed"], last=split.get("last", 1), time_cut=cut)
 
 

@@ -118,7 +118,24 @@ class PrepareConfig:
         0.01, "share of the rows that may be refused", at_least=0.0, at_most=1.0, group="data", metavar="SHARE"
     )
     memory: int = flag(
-        4 << 30, "bytes of memory to work in, such as 4GiB", parse=parse_bytes, group="layout", metavar="BYTES"
+        4 << 30,
+        "bytes of memory to work in, such as 4GiB; with --engine spark, of each task beside Spark's own",
+        parse=parse_bytes,
+        group="layout",
+        metavar="BYTES",
+    )
+    engine: str = flag(
+        "local",
+        "what does the work: this machine, or a Spark cluster (the dataset is the same)",
+        choices=("local", "spark"),
+        group="engine",
+    )
+    spark_master: str | None = flag(
+        None,
+        "Spark's master (also yarn, k8s://https://host:6443, local[2]); else what Spark's own settings say",
+        group="engine",
+        metavar="URL",
+        example="spark://head:7077",
     )
     overwrite: bool = flag(False, "replace another dataset in --out", group="an existing dataset", basic=True)
     append: bool = flag(
@@ -153,6 +170,10 @@ class PrepareConfig:
             raise UsageError("--out is missing: name the dataset directory to make.")
         elif not self.sources:
             raise UsageError("no source: name one or more files of ratings.")
+        if self.spark_master and self.engine != "spark":
+            raise UsageError("--spark-master is of --engine spark: give both, or leave it out.")
+        if self.engine == "spark" and (self.compact or self.verify):
+            raise UsageError("--compact and --verify are work of one machine: leave out --engine spark.")
         if self.memory < 256 << 20:
             raise UsageError(f"--memory {self.memory}: at least 256MiB are needed.")
         if self.val and self.split != "random":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count as numbers_from
@@ -16,9 +16,9 @@ from mfdist.errors import DataError, UsageError
 from mfdist.log import Console
 from mfdist.prepare.config import PrepareConfig
 from mfdist.prepare.ids import RowTable
-from mfdist.prepare.read_pass import Ingest
+from mfdist.prepare.read_pass import Found, Ingest
 from mfdist.prepare.spill import BUCKETS, Arrays, bucket_edge
-from mfdist.prepare.split import SplitRule, core, core_rows, merged, sorted_rows, time_cut
+from mfdist.prepare.split import SplitRule, core, core_items, core_rows, merged, sorted_rows, time_bins, time_cut
 
 INT32_ROWS = 2**31 - 1
 ROW_COST = 200
@@ -83,7 +83,7 @@ def check_memory(rows: int, memory: int, what: str, remedy: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What must be known before the first lane is written: ``items`` are the vocabulary."""
+    """What must be known before the first lane is written: ``items`` are the vocabulary, ``all_items`` those read."""
 
     items: RowTable
     all_items: RowTable
@@ -103,8 +103,14 @@ def make_plan(config: PrepareConfig, read: Ingest, groups: Groups, max_users: in
     if config.min_user_ratings > 1 or config.min_item_ratings > 1:
         console.info("counting ratings per user and item until no more are removed")
         passes = numbers_from(1)
-        alive = core(lambda: groups(f"minimum counts, pass {next(passes)}"), all_items, config.min_user_ratings,
-                     config.min_item_ratings)  # fmt: skip
+
+        def count(alive: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+            counts = np.zeros(alive.size, np.int64)
+            for rows in groups(f"minimum counts, pass {next(passes)}"):
+                counts += np.bincount(core_items(rows, all_items, alive, config.min_user_ratings), minlength=alive.size)
+            return counts
+
+        alive = core(count, all_items.hashes.size, config.min_item_ratings)
     if config.duplicates != "keep" or alive is not None:
         after_merge, kept_rows, present = 0, 0, np.zeros(all_items.hashes.size, np.bool_)
         for group in groups("count"):
@@ -114,27 +120,46 @@ def make_plan(config: PrepareConfig, read: Ingest, groups: Groups, max_users: in
             present[all_items.rows(rows["item"])] = True
         merged_rows = read.rows.rows - after_merge
         items = RowTable(all_items.hashes[present])
+    plan = plan_of_counts(config, items, all_items, alive, (read.rows.rows, merged_rows, kept_rows), max_users)
+    return with_time_cut(plan, config, read, groups) if plan.rule.kind == "time" else plan
+
+
+def plan_of_counts(config: PrepareConfig, items: RowTable, all_items: RowTable, alive: npt.NDArray[np.bool_] | None,
+                   rows: tuple[int, int, int], max_users: int) -> Plan:  # fmt: skip
+    """The plan of ``rows`` (read, merged into others, kept), with lanes; the time of a time split is not in it yet.
+
+    DataError where no row is left, UsageError where a lane does not fit the memory.
+    """
+    read_rows, merged_rows, kept_rows = rows
     if kept_rows == 0:
         raise DataError("no row is left: --min-user-ratings and --min-item-ratings remove all of them.")
     num_lanes = config.lanes or (64 if kept_rows <= 10_000_000 else 512)
     check_memory(kept_rows // num_lanes, config.memory, "a lane", "--lanes, or --memory")
-    plan = Plan(items=items, all_items=all_items, alive=alive, kept_rows=kept_rows, merged_rows=merged_rows,
-                filtered_rows=read.rows.rows - merged_rows - kept_rows, num_lanes=num_lanes,
+    return Plan(items=items, all_items=all_items, alive=alive, kept_rows=kept_rows, merged_rows=merged_rows,
+                filtered_rows=read_rows - merged_rows - kept_rows, num_lanes=num_lanes,
                 rule=SplitRule(kind="given" if config.val else config.split, fraction=config.val_fraction,
                                seed=config.seed, last=config.last),
                 wide_ids=max(max_users, items.hashes.size) > INT32_ROWS)  # fmt: skip
-    return with_time_cut(plan, config, read, groups) if plan.rule.kind == "time" else plan
 
 
 def with_time_cut(plan: Plan, config: PrepareConfig, read: Ingest, groups: Groups) -> Plan:
     """The plan with the time after which rows validate."""
-    early, late = read.time_range
 
-    def kept() -> Iterator[Arrays]:
+    def count(low: int, high: int, width: int) -> npt.NDArray[np.int64]:
+        counts = np.zeros((high - low) // width + 1, np.int64)
         for rows in groups("time of the split"):
-            yield survivors(rows, plan.all_items, plan.alive, config.min_user_ratings)
+            kept = survivors(rows, plan.all_items, plan.alive, config.min_user_ratings)
+            counts += time_bins(kept, low, high, width)
+        return counts
 
-    cut = time_cut(kept, early, late, config.val_fraction)
+    return cut_by_time(plan, config, read, count)
+
+
+def cut_by_time(plan: Plan, config: PrepareConfig, found: Found,
+                count: Callable[[int, int, int], npt.NDArray[np.int64]]) -> Plan:  # fmt: skip
+    """The plan with the time that ``count`` leads to (see ``split.time_cut``); DataError where there is none."""
+    early, late = found.time_range
+    cut = time_cut(count, early, late, config.val_fraction)
     if cut >= late and config.val_fraction > 0:
         raise DataError(f"--split time: more than {config.val_fraction:g} of the rows have the newest time, {late}; "
                         "there is no time to cut at. Use --split random.")  # fmt: skip

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Protocol
 
 from mfdist import storage
 from mfdist.data.dataset import MANIFEST, Dataset, verify
@@ -30,7 +30,7 @@ from mfdist.prepare.ids import HashCollision
 from mfdist.prepare.input_files import find_sources, refuse_common
 from mfdist.prepare.layout import Layout
 from mfdist.prepare.preview import show
-from mfdist.prepare.read_pass import FrameSource, Ingest, ingest
+from mfdist.prepare.read_pass import Found, FrameSource, Ingest, ingest
 from mfdist.prepare.row_checks import Rules
 from mfdist.prepare.sources import Source
 from mfdist.prepare.tables import check_id_types
@@ -40,9 +40,45 @@ MAX_SALTS = 4
 __all__ = ["PrepareConfig", "look", "prepare", "prepare_frame"]
 
 
-def prepare(config: PrepareConfig, console: Console | None = None) -> Dataset:
-    """Do what ``config`` says; DataError and UsageError leave no dataset that was not there before."""
+class Engine(Protocol):
+    """What reads sources and makes a dataset of them. Whatever the engine, the dataset is the same, byte for byte.
+
+    Both raise HashCollision where two different ids have one hash under ``salt``. ``scratch``: an empty local folder.
+    """
+
+    def dataset(self, config: PrepareConfig, sources: Sequence[Source | FrameSource], layouts: list[Layout], salt: int,
+                request: dict[str, Any], scratch: str, console: Console) -> Dataset:  # fmt: skip
+        """The dataset in ``config.target``; ``request`` goes into its manifest."""
+
+    def read(self, config: PrepareConfig, sources: Sequence[Source | FrameSource], layouts: list[Layout], salt: int,
+             scratch: str, console: Console, time_unit: int) -> Ingest:  # fmt: skip
+        """The rows of an append; ``time_unit``: ticks per second."""
+
+
+class OneMachine:
+    """The engine of one process, its threads and its disk."""
+
+    def dataset(self, config: PrepareConfig, sources: Sequence[Source | FrameSource], layouts: list[Layout], salt: int,
+                request: dict[str, Any], scratch: str, console: Console) -> Dataset:  # fmt: skip
+        from mfdist.prepare.write_pass import assemble
+
+        return assemble(config, self.read(config, sources, layouts, salt, scratch, console), request, scratch, console)
+
+    def read(self, config: PrepareConfig, sources: Sequence[Source | FrameSource], layouts: list[Layout], salt: int,
+             scratch: str, console: Console, time_unit: int = 1) -> Ingest:  # fmt: skip
+        rules = rules_of(config, layouts, salt, console, time_unit)
+        read = ingest(sources, layouts, rules, scratch, config.memory, console)
+        check_read(config, read, sources)
+        return read
+
+
+def prepare(config: PrepareConfig, console: Console | None = None, engine: Engine | None = None) -> Dataset:
+    """Do what ``config`` says; DataError and UsageError leave no dataset that was not there before.
+
+    ``engine``: the one that ``config.engine`` names; left out, one machine.
+    """
     console = console or Console()
+    engine = engine or OneMachine()
     if config.verify:
         return _verified(config.target, console)
     if config.compact:
@@ -52,10 +88,10 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Dataset:
     assert not config.dry_run, "a dry run is look()"
     sources, layouts = look(config, console)
     if config.append:
-        return _appended(config, sources, layouts, console)
+        return _appended(config, sources, layouts, engine, console)
     request = {"settings": _settings(config), "files": [[s.shown, s.bytes, s.val] for s in sources]}
     finished = _already(config, request, console)
-    return finished or _prepared(config, sources, layouts, request, console)
+    return finished or _prepared(config, sources, layouts, request, engine, console)
 
 
 def look(config: PrepareConfig, console: Console) -> tuple[list[Source | FrameSource], list[Layout]]:
@@ -82,13 +118,15 @@ def prepare_frame(frame: Any, out: str, **settings: Any) -> Dataset:
     for name in ("columns", "val"):
         if isinstance(settings.get(name), str):
             raise UsageError(f"prepare_frame: {name} is a sequence of texts.")
+    if settings.get("engine", "local") != "local":
+        raise UsageError("prepare_frame works on this machine: write the frame as Parquet for --engine spark.")
     config = PrepareConfig(sources=("data frame",), out=str(out), overwrite=True, **settings)
     table = frame.to_arrow() if hasattr(frame, "to_arrow") else _pandas_table(frame)
     layout = frame_layout(table, config.columns)
     check_id_types(table.schema, [str(name) for name in layout.columns[:2]], "the data frame")
     vals: list[Source | FrameSource] = [*find_sources(config.val, val=True)] if config.val else []
     layouts = [layout, *(recognise(s, config.columns) for s in vals if isinstance(s, Source))]
-    return _prepared(config, [FrameSource(table), *vals], layouts, {}, Console(False))
+    return _prepared(config, [FrameSource(table), *vals], layouts, {}, OneMachine(), Console(False))
 
 
 def _pandas_table(frame: Any) -> Any:
@@ -117,9 +155,8 @@ def _verified(path: str, console: Console) -> Dataset:
     return dataset
 
 
-def _appended(
-    config: PrepareConfig, sources: Sequence[Source | FrameSource], layouts: list[Layout], console: Console
-) -> Dataset:
+def _appended(config: PrepareConfig, sources: Sequence[Source | FrameSource], layouts: list[Layout], engine: Engine,
+              console: Console) -> Dataset:  # fmt: skip
     from mfdist.prepare.append import append, check_append
     from mfdist.prepare.replace import open_finished
 
@@ -143,7 +180,7 @@ def _appended(
     scratch = scratch_folder(config.target)
     try:
         extra = dataset.manifest.extra
-        read = read_sources(config, sources, layouts, int(extra["salt"]), scratch, console, int(extra["time_unit"]))
+        read = engine.read(config, sources, layouts, int(extra["salt"]), scratch, console, int(extra["time_unit"]))
         return append(config, dataset, read, scratch, console)
     except HashCollision:
         raise DataError("two new ids have one hash under the dataset's; prepare all files together.") from None
@@ -152,7 +189,8 @@ def _appended(
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    left_out = ("sources", "out", "val", "memory", "overwrite", "append", "compact", "verify", "dry_run")
+    left_out = ("sources", "out", "val", "memory", "overwrite", "append", "compact", "verify", "dry_run", "engine",
+                "spark_master")  # fmt: skip
     plain = {k: v for k, v in asdict(config).items() if k not in left_out}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
@@ -216,18 +254,16 @@ def _prepared(
     sources: Sequence[Source | FrameSource],
     layouts: list[Layout],
     request: dict[str, Any],
+    engine: Engine,
     console: Console,
 ) -> Dataset:
-    from mfdist.prepare.write_pass import assemble
-
     check_target(config.target)
     made = storage.is_local(config.target) and not os.path.exists(storage.local_path(config.target))
     scratch = scratch_folder(config.target)
     try:
         for salt in range(MAX_SALTS):
             try:
-                read = read_sources(config, sources, layouts, salt, scratch, console)
-                return assemble(config, read, request, scratch, console)
+                return engine.dataset(config, sources, layouts, salt, request, scratch, console)
             except HashCollision:
                 console.warn("two different ids have one hash; beginning again with another hash")
                 shutil.rmtree(scratch)
@@ -241,30 +277,26 @@ def _prepared(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def read_sources(
-    config: PrepareConfig,
-    sources: Sequence[Source | FrameSource],
-    layouts: list[Layout],
-    salt: int,
-    scratch: str,
-    console: Console,
-    time_unit: int = 1,
-) -> Ingest:
-    """The read pass; DataError where too many rows are refused or none is left. ``time_unit``: ticks per second."""
+def rules_of(
+    config: PrepareConfig, layouts: Sequence[Layout], salt: int, console: Console, time_unit: int = 1
+) -> Rules:
+    """How the rows of all sources are judged. ``time_unit``: ticks per second."""
     with_time = all(layout.has_time for layout in layouts)
     if not with_time and any(layout.has_time for layout in layouts):
         console.info("not every source has timestamps: they are left out")
     if not config.append and not with_time and config.split in ("last-n", "time") and not config.val:
         raise UsageError(f"--split {config.split} needs timestamps, and the sources have none.")
-    rules = Rules(salt, config.rating_scale, with_time, time_unit)
-    read = ingest(sources, layouts, rules, scratch, config.memory, console)
-    refused = read.num_rejected
-    if refused > config.max_rejected * read.num_in:
-        examples = "; ".join(read.examples[:3])
+    return Rules(salt, config.rating_scale, with_time, time_unit)
+
+
+def check_read(config: PrepareConfig, found: Found, sources: Sequence[Source | FrameSource]) -> None:
+    """DataError where too many rows are refused or none is left."""
+    refused = found.num_rejected
+    if refused > config.max_rejected * found.num_in:
+        examples = "; ".join(map(str, found.examples[:3]))
         raise DataError(
-            f"{refused:,} of {read.num_in:,} rows are refused, more than --max-rejected {config.max_rejected:g} "
+            f"{refused:,} of {found.num_in:,} rows are refused, more than --max-rejected {config.max_rejected:g} "
             f"allows: {examples}. Mend the source, set --columns, or raise --max-rejected."
         )
-    if read.rows.rows == 0:
+    if found.num_rows == 0:
         raise DataError(f"{sources[0].shown} holds no rows of ratings.")
-    return read

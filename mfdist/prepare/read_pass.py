@@ -1,4 +1,7 @@
-"""The read pass: blocks are parsed in threads and kept, in order, as hashed rows, ids once each, and refused rows."""
+"""The read pass: blocks are parsed in threads and kept, in order, as hashed rows, ids once each, and refused rows.
+
+:class:`Found` is what the rows add up to, and :func:`keep` takes in one block: on whatever engine blocks are read.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -45,20 +48,30 @@ class FrameSource:
         yield "data frame"
 
 
-@dataclass
-class Ingest:
-    """What the read pass found. ``ids`` are users and items; ``sources`` the manifest's entries.
+class Refused(NamedTuple):
+    """A refused row as it is shown."""
+
+    shown: str
+    line: int
+    reason: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.shown} line {self.line}: {self.reason}: {self.text[:120]!r}"
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What the read rows add up to. ``sources``: the manifest's entries; ``examples``: the first refused rows.
 
     ``float_ids``: rows whose user id, and whose item id, was a whole number written as a float.
     """
 
-    rows: RowSpill
-    ids: tuple[IdSpill, IdSpill]
     rules: Rules
-    rejected_path: str
     num_in: int = 0
+    num_rows: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
-    examples: list[str] = field(default_factory=list)
+    examples: list[Refused] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
     rating_range: tuple[float, float] = (np.inf, -np.inf)
     time_range: tuple[int, int] = (2**63 - 1, -(2**63))
@@ -68,6 +81,24 @@ class Ingest:
     @property
     def num_rejected(self) -> int:
         return sum(self.rejected.values())
+
+
+@dataclass(kw_only=True)
+class Ingest(Found):
+    """What the read pass found, and its rows and ``ids`` (users, items)."""
+
+    rows: RowSpill
+    ids: tuple[IdSpill, IdSpill]
+    rejected_path: str
+
+
+class Kept(NamedTuple):
+    """Where a block goes: ``rows``, ``ids`` of users and items, those ``seen`` before, and a writer of refused rows."""
+
+    rows: Any
+    ids: tuple[Any, Any]
+    seen: tuple[SeenIds, SeenIds]
+    rejected: Any
 
 
 def ingest(
@@ -81,9 +112,8 @@ def ingest(
     """Read every source once. Needs about a quarter of ``memory`` for rows and an eighth for ids before it spills."""
     rejected_path = os.path.join(scratch, "rejected.parquet")
     spills = (IdSpill(scratch, "users", memory // 16), IdSpill(scratch, "items", memory // 16))
-    result = Ingest(RowSpill(scratch, memory // 6), spills, rules, rejected_path)
-    slots = 1 << (memory // 32 // SLOT_BYTES).bit_length() - 1
-    seen = (SeenIds(slots), SeenIds(slots))
+    result = Ingest(rules=rules, rows=RowSpill(scratch, memory // 6), ids=spills, rejected_path=rejected_path)
+    seen = seen_ids(memory)
     threads = os.cpu_count() or 1
     total = sum(source.bytes for source in sources)
     with (
@@ -92,27 +122,43 @@ def ingest(
         console.progress("read", total, unit="bytes") as progress,
     ):
         for source, layout in zip(sources, layouts, strict=True):
-            _ingest_one(source, layout, result, seen, pool, rejected, progress, threads + 1)
-            _check_source(source, layout, result, console)
+            kept = Kept(result.rows, result.ids, seen, rejected)
+            _ingest_one(source, layout, result, kept, pool, progress, threads + 1)
+            check_source(source, layout, result, console)
     with console.busy("sorting what was read"):
         for spill in (result.rows, *result.ids):  # the last runs side by side
             spill.close()
     return result
 
 
-def _ingest_one(source: Source | FrameSource, layout: Layout, result: Ingest, seen: tuple[SeenIds, SeenIds],
-                pool: ThreadPoolExecutor, rejected: Any, progress: Any, window: int) -> None:  # fmt: skip
+def seen_ids(memory: int) -> tuple[SeenIds, SeenIds]:
+    """Of users and items, together within a sixteenth of ``memory``."""
+    slots = 1 << (memory // 32 // SLOT_BYTES).bit_length() - 1
+    return SeenIds(slots), SeenIds(slots)
+
+
+def timed(block: Block, unit: TimeUnit | None, rules: Rules) -> tuple[Block, TimeUnit | None]:
+    """The block with times in seconds, and the unit of its file: ``unit``, or what the block is the first to show."""
+    unit = unit or unit_of(block)
+    return (block if unit is None else in_seconds(block, unit, rules.time_unit)), unit
+
+
+def source_entry(source: Source | FrameSource, rows: int, fingerprint: str, unit: TimeUnit | None) -> dict[str, Any]:
+    """What the manifest says of a source."""
+    return {"path": source.shown, "bytes": source.bytes, "rows": rows, "fingerprint": fingerprint,
+            **({"times": unit.name} if unit else {})}  # fmt: skip
+
+
+def _ingest_one(source: Source | FrameSource, layout: Layout, result: Ingest, kept: Kept, pool: ThreadPoolExecutor,
+                progress: Any, window: int) -> None:  # fmt: skip
     waiting: deque[Future[Block]] = deque()
     line, before, placed, fingerprint = 1, result.num_in, 0, ""
     unit: TimeUnit | None = None
 
     def take() -> None:
         nonlocal line, placed, unit
-        block = waiting.popleft().result()
-        unit = unit or unit_of(block)
-        if unit is not None:
-            block = in_seconds(block, unit, result.rules.time_unit)
-        _keep(block, source, line, result, seen, rejected)
+        block, unit = timed(waiting.popleft().result(), unit, result.rules)
+        keep(block, source, line, result, kept)
         line += block.lines
         progress.advance(max(block.packed_bytes - placed, 0))
         placed = max(placed, block.packed_bytes)
@@ -127,11 +173,10 @@ def _ingest_one(source: Source | FrameSource, layout: Layout, result: Ingest, se
             take()
     while waiting:
         take()
-    result.sources.append({"path": source.shown, "bytes": source.bytes, "rows": result.num_in - before,
-                           "fingerprint": fingerprint, **({"times": unit.name} if unit else {})})  # fmt: skip
+    result.sources.append(source_entry(source, result.num_in - before, fingerprint, unit))
 
 
-def _check_source(source: Source | FrameSource, layout: Layout, result: Ingest, console: Console) -> None:
+def check_source(source: Source | FrameSource, layout: Layout, result: Found, console: Console) -> None:
     """Say the unit of a source's times; DataError where it lacks rows or has the bytes of another source."""
     entry = result.sources[-1]
     if entry.get("times", SECONDS.name) != SECONDS.name:
@@ -149,36 +194,37 @@ def _check_source(source: Source | FrameSource, layout: Layout, result: Ingest, 
         )
 
 
-def _keep(block: Block, source: Source | FrameSource, line: int, result: Ingest, seen: tuple[SeenIds, SeenIds],
-          rejected: Any) -> None:  # fmt: skip
-    result.num_in += block.num_in
+def keep(block: Block, source: Source | FrameSource, line: int, found: Found, kept: Kept) -> None:
+    """Take in a block whose first line is ``line``: counts to ``found``, rows, new ids and refused rows to ``kept``."""
+    found.num_in += block.num_in
     if block.rejects:
-        _keep_rejects(block, source.shown, line, result, rejected)
+        _keep_rejects(block, source.shown, line, found, kept.rejected)
     n = block.rating.size
     if n == 0:
         return
-    result.float_ids = result.float_ids[0] + block.float_ids[0], result.float_ids[1] + block.float_ids[1]
+    found.num_rows += n
+    found.float_ids = found.float_ids[0] + block.float_ids[0], found.float_ids[1] + block.float_ids[1]
     for side in range(2):
         first, second = block.hashes[side]
-        new = seen[side].admit(first, second)
-        result.ids[side].add(first[new], block.start[side][new], block.length[side][new], block.content)
+        new = kept.seen[side].admit(first, second)
+        kept.ids[side].add(first[new], block.start[side][new], block.length[side][new], block.content)
     columns: Arrays = {"user": block.hashes[0][0], "item": block.hashes[1][0], "rating": block.rating,
                        "val": np.full(n, source.val, np.uint8)}  # fmt: skip
-    low, high = result.rating_range
-    result.rating_range = min(low, float(block.rating.min())), max(high, float(block.rating.max()))
+    low, high = found.rating_range
+    found.rating_range = min(low, float(block.rating.min())), max(high, float(block.rating.max()))
     if block.time is not None:
         columns["time"] = block.time
-        early, late = result.time_range
-        result.time_range = min(early, int(block.time.min())), max(late, int(block.time.max()))
-    result.rows.add(columns)
+        early, late = found.time_range
+        found.time_range = min(early, int(block.time.min())), max(late, int(block.time.max()))
+    kept.rows.add(columns)
 
 
-def _keep_rejects(block: Block, shown: str, line: int, result: Ingest, rejected: Any) -> None:
+def _keep_rejects(block: Block, shown: str, line: int, found: Found, rejected: Any) -> None:
     lines, reasons, texts = zip(*block.rejects, strict=True)
     for reason in reasons:
-        result.rejected[reason] = result.rejected.get(reason, 0) + 1
-    for number, reason, text in block.rejects[: 5 - len(result.examples)]:
-        result.examples.append(f"{shown} line {line + number}: {reason}: {text[:120]!r}")
+        found.rejected[reason] = found.rejected.get(reason, 0) + 1
+    for number, reason, text in block.rejects[: 5 - len(found.examples)]:
+        found.examples.append(Refused(shown, line + number, reason, text))
     table = {"source": [shown] * len(lines), "line": [line + number for number in lines], "reason": list(reasons),
              "text": list(texts)}  # fmt: skip
     rejected.write_table(pa.table(table, schema=REJECTED_SCHEMA))

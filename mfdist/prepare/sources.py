@@ -39,7 +39,8 @@ class Source:
     """One input file; ``val`` marks a ``--val`` file.
 
     ``packing``: 'parquet', 'text', or what the text is packed in: 'gzip', 'bz2', 'zstd', 'zip'. ``partition``: names
-    and values of the folders ``name=value`` that it lies in, which are columns of all its rows.
+    and values of the folders ``name=value`` that it lies in, which are columns of all its rows. ``given``: the name
+    that it is shown by, where that is not its path.
     """
 
     path: str
@@ -47,10 +48,11 @@ class Source:
     packing: str
     val: bool = False
     partition: tuple[tuple[str, str], ...] = ()
+    given: str = ""
 
     @property
     def shown(self) -> str:
-        return storage.redact(self.path)
+        return storage.redact(self.given or self.path)
 
 
 def recognised(path: str, *, val: bool = False, partition: tuple[tuple[str, str], ...] = ()) -> Source | None:

@@ -9,7 +9,7 @@ Rows are sorted by (user, given as validation, item, time, rating); the place wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,22 +230,25 @@ def user_runs(user: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArra
 
 
 def core(
-    groups: Callable[[], Iterable[Arrays]], items: RowTable, min_user: int, min_item: int
+    count: Callable[[npt.NDArray[np.bool_]], npt.NDArray[np.int64]], num_items: int, min_item: int
 ) -> npt.NDArray[np.bool_]:
     """Which items remain when users and items with too few ratings are removed until nothing changes (k-core).
 
-    ``groups`` gives the merged rows anew for every pass. Rows given as validation neither count nor are removed.
+    ``count`` gives, for the items that are alive, the rows of each that remain (see :func:`core_items`).
     """
-    alive = np.ones(items.hashes.size, np.bool_)
+    alive = np.ones(num_items, np.bool_)
     while True:
-        counts = np.zeros(alive.size, np.int64)
-        for rows in groups():
-            kept = core_rows(rows, items, alive, min_user) & (rows["val"] == 0)
-            counts += np.bincount(items.rows(rows["item"][kept]), minlength=alive.size)
+        counts = count(alive)
         remaining = alive & (counts >= min_item) & (counts > 0)
         if np.array_equal(remaining, alive):
             return alive
         alive = remaining
+
+
+def core_items(rows: Arrays, items: RowTable, alive: npt.NDArray[np.bool_], min_user: int) -> npt.NDArray[np.int64]:
+    """The item row of every merged row that remains. Rows given as validation neither count nor are removed."""
+    kept = core_rows(rows, items, alive, min_user) & (rows["val"] == 0)
+    return items.rows(rows["item"][kept])
 
 
 def core_rows(rows: Arrays, items: RowTable, alive: npt.NDArray[np.bool_], min_user: int) -> npt.NDArray[np.bool_]:
@@ -258,15 +261,15 @@ def core_rows(rows: Arrays, items: RowTable, alive: npt.NDArray[np.bool_], min_u
     return result
 
 
-def time_cut(groups: Callable[[], Iterable[Arrays]], low: int, high: int, fraction: float) -> int:
-    """The earliest time that at most ``fraction`` of the rows are later than, counted in ever finer bins."""
+def time_cut(count: Callable[[int, int, int], npt.NDArray[np.int64]], low: int, high: int, fraction: float) -> int:
+    """The earliest time that at most ``fraction`` of the rows are later than, counted in ever finer bins.
+
+    ``count`` of (low, high, width): how many rows have a time in each bin (see :func:`time_bins`).
+    """
     later, total = 0, -1
     while True:
         width = max(1, -(-(high - low + 1) // (1 << 16)))
-        counts = np.zeros((high - low) // width + 1, np.int64)
-        for rows in groups():
-            inside = rows["time"][(rows["time"] >= low) & (rows["time"] <= high)]
-            counts += np.bincount((inside - low) // width, minlength=counts.size)
+        counts = count(low, high, width)
         total = int(counts.sum()) if total < 0 else total
         after = later + np.cumsum(counts[::-1])[::-1] - counts  # rows later than the end of each bin
         chosen = int(np.argmax(after <= fraction * total))
@@ -274,3 +277,9 @@ def time_cut(groups: Callable[[], Iterable[Arrays]], low: int, high: int, fracti
             return low + chosen
         later = int(after[chosen])
         low, high = low + chosen * width, min(low + (chosen + 1) * width - 1, high)
+
+
+def time_bins(rows: Arrays, low: int, high: int, width: int) -> npt.NDArray[np.int64]:
+    """How many rows have a time in each bin of ``width`` from ``low`` to ``high``, both included."""
+    inside = rows["time"][(rows["time"] >= low) & (rows["time"] <= high)]
+    return np.bincount((inside - low) // width, minlength=(high - low) // width + 1)

@@ -37,6 +37,12 @@ BATCH_ROWS = 1 << 17
 
 def parquet_batches(source: Source, layout: Layout) -> Iterator[Any]:
     """(table, bytes read so far) of a Parquet file, piece by piece, and its fingerprint at the end."""
+    yield from row_group_batches(source, layout, None)
+    yield file_fingerprint(source)
+
+
+def row_group_batches(source: Source, layout: Layout, groups: Sequence[int] | None) -> Iterator[tuple[pa.Table, int]]:
+    """(table, bytes read so far) of these row groups of a Parquet file, of all where None, piece by piece."""
     constant = {role for role, _ in layout.constants}
     names = [str(name) for role, name in enumerate(layout.columns) if name and role not in constant]
     try:
@@ -45,12 +51,11 @@ def parquet_batches(source: Source, layout: Layout) -> Iterator[Any]:
             uuids = {column.path for column in file.schema if column.logical_type.type == "UUID"}
             rows = max(file.metadata.num_rows, 1)
             done = 0
-            for batch in file.iter_batches(BATCH_ROWS, columns=names, use_threads=False):
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=names, use_threads=False):
                 done += batch.num_rows
                 yield _with_uuids(pa.Table.from_batches([batch]), uuids), source.bytes * done // rows
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{source.shown} is a damaged Parquet file: {one_line(error)}.") from None
-    yield file_fingerprint(source)
 
 
 def check_id_types(schema: pa.Schema, names: Sequence[str], shown: str) -> None:

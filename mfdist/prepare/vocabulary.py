@@ -46,14 +46,19 @@ class Vocabulary:
         whole = self._held_rows // VOCABULARY_GROUP * VOCABULARY_GROUP
         if whole:
             table = pa.concat_tables(self._held)
-            self.file.write(table.slice(0, whole), VOCABULARY_GROUP)
+            self._put(table.slice(0, whole))
             self._held, self._held_rows = [table.slice(whole)], self._held_rows - whole
 
     def flush(self) -> None:
         """Write what is left; the file is complete when its context ends."""
         if self._held_rows:
-            self.file.write(pa.concat_tables(self._held), VOCABULARY_GROUP)
+            self._put(pa.concat_tables(self._held))
         self._held, self._held_rows = [], 0
+
+    def _put(self, rows: pa.Table) -> None:
+        """Row groups whose bytes do not depend on the pieces that the rows came in."""
+        for first in range(0, rows.num_rows, VOCABULARY_GROUP):
+            self.file.write(rows.slice(first, VOCABULARY_GROUP).combine_chunks())
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +35,11 @@ from mfdist.prepare.count_pass import (
 )
 from mfdist.prepare.ids import HASH_VERSION
 from mfdist.prepare.lanes import BLOCK_ROWS, MAX_DISTINCT, LaneFacts, LaneWriter, ParquetFile, lanes_of_users
-from mfdist.prepare.read_pass import REJECTED_SCHEMA, Ingest
+from mfdist.prepare.read_pass import REJECTED_SCHEMA, Found, Ingest
 from mfdist.prepare.report import write_dataset_report
-from mfdist.prepare.spill import Arrays, Ids
+from mfdist.prepare.spill import Arrays, Ids, IdSpill
 from mfdist.prepare.split import Duplicates, choose, user_runs, val_in_train
-from mfdist.prepare.vocabulary import Vocabulary, vocabulary_file
+from mfdist.prepare.vocabulary import vocabulary_file
 
 
 @dataclass
@@ -69,6 +69,25 @@ class ItemCounts:
     def zeros(n: int) -> ItemCounts:
         return ItemCounts(*(np.zeros(n, np.int64) for _ in range(3)))
 
+    def add(self, item: npt.NDArray[np.int64], is_val: npt.NDArray[np.bool_], cold: npt.NDArray[np.bool_]) -> None:
+        """Count rows of these items; ``cold``: validation rows of users that training never saw."""
+        size = self.train.size
+        self.train += np.bincount(item[~is_val], minlength=size)
+        self.val += np.bincount(item[is_val], minlength=size)
+        self.val_of_cold += np.bincount(item[cold], minlength=size)
+
+
+class Users(Protocol):
+    """Who takes the ids of users: a ``Vocabulary``."""
+
+    def write(self, ids: Ids, places: npt.NDArray[np.int64], ratings: npt.NDArray[np.int64]) -> None: ...
+
+
+class Counts(Protocol):
+    """Who counts ratings of items: ``ItemCounts``."""
+
+    def add(self, item: npt.NDArray[np.int64], is_val: npt.NDArray[np.bool_], cold: npt.NDArray[np.bool_]) -> None: ...
+
 
 def assemble(config: PrepareConfig, read: Ingest, request: dict[str, Any], scratch: str, console: Console) -> Dataset:
     """Write the dataset of ``read``; the directory is touched from here on, its manifest last."""
@@ -82,20 +101,27 @@ def assemble(config: PrepareConfig, read: Ingest, request: dict[str, Any], scrat
     try:
         plan = make_plan(config, read, groups, max_users, console)
     except Duplicates as pair:
-        raise DataError(named_pair(read, pair)) from None
+        raise DataError(named_pair(read.ids, pair)) from None
     open_directory(config.target)
     totals, item_counts = Totals(), ItemCounts.zeros(plan.items.hashes.size)
     user_file = write_lanes(config, read, plan, groups, totals, item_counts, scratch, threads, console)
     with console.busy("writing the items"):
         item_file = write_items(config.target, read, plan, item_counts.train, scratch)
-        rejected_file = write_rejected(config.target, read, scratch)
+        rejected_file = write_rejected(config.target, read.rejected_path, scratch)
     manifest = make_manifest(config, read, plan, totals, item_counts, [user_file, item_file, rejected_file], request)
-    say_totals(manifest, read, console)
+    return finish_dataset(config.target, manifest, read, totals, item_counts, console)
+
+
+def finish_dataset(root: str, manifest: Manifest, found: Found, totals: Totals, counts: ItemCounts,
+                   console: Console) -> Dataset:  # fmt: skip
+    """Say where every row went, draw the report, and write the manifest, the last of a dataset's files."""
+    say_totals(manifest, found, console)
     say_val_in_train(totals.val_in_train, manifest.num_ratings["val"], console)
     with console.busy("drawing the dataset's page"):
-        write_dataset_report(config.target, manifest, totals.user_activity, item_counts.train, totals.facts.days)
-    storage.write_text(storage.join(config.target, MANIFEST), manifest.to_json())
-    return Dataset(config.target, manifest)
+        activity = dict(sorted(totals.user_activity.items()))
+        write_dataset_report(root, manifest, activity, counts.train, totals.facts.days)
+    storage.write_text(storage.join(root, MANIFEST), manifest.to_json())
+    return Dataset(root, manifest)
 
 
 def open_directory(out: str) -> None:
@@ -111,12 +137,10 @@ def write_lanes(config: PrepareConfig, read: Ingest, plan: Plan, groups: Groups,
     """The write pass; returns users.parquet's entry and fills ``totals`` and ``counts``."""
     writer = LaneWriter(root=config.target, scratch=scratch, order=config.order, seed=config.seed,
                         has_time=read.rules.with_time, wide_ids=plan.wide_ids, num_lanes=plan.num_lanes)  # fmt: skip
-    borders = np.arange(1, plan.num_lanes + 1) * (plan.kept_rows / plan.num_lanes)
+    borders = lane_borders(plan)
 
     def chosen(bounds: tuple[int, int]) -> tuple[Arrays, Ids]:
-        rows = survivors(groups.group(bounds), plan.all_items, plan.alive, config.min_user_ratings)
-        rows = choose(rows, plan.rule)
-        return {**rows, "item_row": plan.items.rows(rows["item"])}, read.ids[0].read(*bounds)
+        return chosen_rows(groups.group(bounds), plan, config.min_user_ratings), read.ids[0].read(*bounds)
 
     open_parts: list[Arrays] = []
     lane = 0
@@ -152,9 +176,23 @@ def write_lanes(config: PrepareConfig, read: Ingest, plan: Plan, groups: Groups,
     return users.file.done
 
 
-def numbered(rows: Arrays, ids: Ids, users: Vocabulary, borders: Any, totals: Totals,
-             counts: ItemCounts) -> Iterator[tuple[int, Arrays]]:  # fmt: skip
-    """Number a group's users, write their ids, count; gives the group's rows lane by lane."""
+def lane_borders(plan: Plan) -> npt.NDArray[np.float64]:
+    """The rows at which each lane ends: float64, (lanes,)."""
+    return np.arange(1, plan.num_lanes + 1, dtype=np.float64) * (plan.kept_rows / plan.num_lanes)
+
+
+def chosen_rows(rows: Arrays, plan: Plan, min_user: int) -> Arrays:
+    """Of merged rows those that the minimum counts leave, with 'is_val', 'key' and 'item_row'."""
+    rows = choose(survivors(rows, plan.all_items, plan.alive, min_user), plan.rule)
+    return {**rows, "item_row": plan.items.rows(rows["item"])}
+
+
+def numbered(rows: Arrays, ids: Ids, users: Users, borders: Any, totals: Totals,
+             counts: Counts) -> Iterator[tuple[int, Arrays]]:  # fmt: skip
+    """Number a group's users after those in ``totals``, write their ids, count; gives the group's rows lane by lane.
+
+    ``borders``: the rows at which each lane ends, float64, (lanes,).
+    """
     first, count = user_runs(rows["user"])
     if first.size == 0:
         return
@@ -164,10 +202,7 @@ def numbered(rows: Arrays, ids: Ids, users: Vocabulary, borders: Any, totals: To
     train_count = count - np.add.reduceat(is_val, first, dtype=np.int64)
     users.write(ids, np.searchsorted(ids.hashes, rows["user"][first]), train_count)
     cold = is_val & (train_count == 0)[user]
-    size = counts.train.size
-    counts.train += np.bincount(item[~is_val], minlength=size)
-    counts.val += np.bincount(item[is_val], minlength=size)
-    counts.val_of_cold += np.bincount(item[cold], minlength=size)
+    counts.add(item, is_val, cold)
     totals.cold_user_val += int(np.count_nonzero(cold))
     for activity, number in zip(*np.unique(count, return_counts=True), strict=True):
         totals.user_activity[int(activity)] = totals.user_activity.get(int(activity), 0) + int(number)
@@ -204,10 +239,10 @@ def write_items(root: str, read: Ingest, plan: Plan, train: npt.NDArray[np.int64
     return items.file.done
 
 
-def write_rejected(root: str, read: Ingest, scratch: str) -> FileEntry:
-    """rejected.parquet, from the scratch folder."""
+def write_rejected(root: str, path: str, scratch: str) -> FileEntry:
+    """rejected.parquet, from the file of the read pass, in row groups that do not depend on how it was read."""
     with (
-        pq.ParquetFile(read.rejected_path) as found,
+        pq.ParquetFile(path) as found,
         ParquetFile(root, "rejected.parquet", REJECTED_SCHEMA, scratch + "/out") as file,
     ):
         for batch in found.iter_batches():
@@ -215,10 +250,10 @@ def write_rejected(root: str, read: Ingest, scratch: str) -> FileEntry:
     return file.done
 
 
-def named_pair(read: Ingest, pair: Duplicates) -> str:
+def named_pair(ids_of: Sequence[IdSpill], pair: Duplicates) -> str:
     texts = []
     for side, value in enumerate((pair.user, pair.item)):
-        ids = read.ids[side].read(value >> 52, (value >> 52) + 1)
+        ids = ids_of[side].read(value >> 52, (value >> 52) + 1)
         place = int(np.searchsorted(ids.hashes, np.uint64(value)))
         texts.append(ids.take(np.array([place]))[1].tobytes().decode())
     return (f"user {texts[0]!r} rates item {texts[1]!r} more than once; mend the source, or choose --duplicates last, "
@@ -253,7 +288,7 @@ def rating_moments(counts: Mapping[float, int]) -> dict[str, float]:
     return {"global_mean": mean, "rating_spread": spread, "rating_skewness": third / spread**3 if spread else 0.0}
 
 
-def make_manifest(config: PrepareConfig, read: Ingest, plan: Plan, totals: Totals, counts: ItemCounts,
+def make_manifest(config: PrepareConfig, read: Found, plan: Plan, totals: Totals, counts: ItemCounts,
                   others: list[FileEntry], request: dict[str, Any]) -> Manifest:  # fmt: skip
     """The manifest; asserts that every row is accounted for."""
     num_train = sum(train for train, _ in totals.lane_rows.values())
@@ -291,7 +326,7 @@ def make_manifest(config: PrepareConfig, read: Ingest, plan: Plan, totals: Total
     )  # fmt: skip
 
 
-def is_synthetic(read: Ingest) -> bool:
+def is_synthetic(read: Found) -> bool:
     """Whether a source stands beside the truth that planted it."""
     paths = [source["path"] for source in read.sources]
     return any(storage.is_local(path) and os.path.exists(storage.local_path(path) + ".truth.json") for path in paths)
@@ -305,7 +340,7 @@ def say_val_in_train(repeated: tuple[int, int], num_val: int, console: Console) 
                      "them with the same time and rating")  # fmt: skip
 
 
-def say_totals(manifest: Manifest, read: Ingest, console: Console) -> None:
+def say_totals(manifest: Manifest, read: Found, console: Console) -> None:
     """Where every row went."""
     train, val = manifest.num_ratings["train"], manifest.num_ratings["val"]
     console.info(f"rows in {read.num_in:,} = train {train:,} + val {val:,} + rejected {read.num_rejected:,} + filtered "

@@ -30,7 +30,7 @@ from mfdist.data.scan import scan
 from mfdist.errors import DataError
 from mfdist.log import Console, Progress
 from mfdist.prepare.lanes import LaneFacts, ParquetFile, rating_schema, row_group_rows
-from mfdist.prepare.split import time_cut
+from mfdist.prepare.split import time_bins, time_cut
 from mfdist.prepare.vocabulary import vocabulary_file
 from mfdist.prepare.write_pass import rating_facts
 
@@ -128,10 +128,16 @@ def _time_cuts(dataset: Dataset, fraction: float, count: int) -> list[int]:
                 raise DataError(f"{storage.redact(dataset.path)} is split by time, and a file of it has no timestamps.")
             yield {"time": time}
 
+    def counted(first: int, last: int, width: int) -> npt.NDArray[np.int64]:
+        counts = np.zeros((last - first) // width + 1, np.int64)
+        for part in times():
+            counts += time_bins(part, first, last, width)
+        return counts
+
     ends = [(int(part["time"].min()), int(part["time"].max())) for part in times() if len(part["time"])]
     low, cuts = min(end[0] for end in ends), [max(end[1] for end in ends)]
     for _ in range(count):
-        cuts.append(time_cut(times, low, cuts[-1], fraction))
+        cuts.append(time_cut(counted, low, cuts[-1], fraction))
     return cuts
 
 

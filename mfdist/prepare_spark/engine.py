@@ -1,0 +1,196 @@
+"""The engine of ``--engine spark``: the stages in their order, and the commit of what the tasks have written."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mfdist import storage
+from mfdist.data.dataset import Dataset, FileEntry
+from mfdist.errors import UsageError
+from mfdist.log import Console
+from mfdist.prepare.config import PrepareConfig
+from mfdist.prepare.count_pass import Plan
+from mfdist.prepare.layout import Layout
+from mfdist.prepare.prepare import rules_of
+from mfdist.prepare.read_pass import REJECTED_SCHEMA, Found, FrameSource, Ingest
+from mfdist.prepare.sources import Source
+from mfdist.prepare.spill import Ids, IdSpill, RowSpill
+from mfdist.prepare.vocabulary import vocabulary_file
+from mfdist.prepare.write_pass import ItemCounts, Totals, finish_dataset, make_manifest, open_directory
+from mfdist.prepare_spark.count_stage import Core
+from mfdist.prepare_spark.driver import Gathered, gather, make_plan, moved
+from mfdist.prepare_spark.messages import COLUMNS, ITEMS, REJECTS, ROWS, USERS, ids_in, unpacked
+from mfdist.prepare_spark.session import check_installed, collected, facts_in, session, streamed
+from mfdist.prepare_spark.write_stage import (
+    COUNTED,
+    Numbering,
+    Writing,
+    Written,
+    number_task,
+    rejects_table,
+    write_task,
+)
+
+
+class SparkEngine:
+    """Prepare on a Spark cluster (see the room's first lines); UsageError where PySpark or Java is missing."""
+
+    def __init__(self, master: str | None) -> None:
+        check_installed()
+        self._master = master
+
+    def dataset(self, config: PrepareConfig, sources: Sequence[Source | FrameSource], layouts: list[Layout], salt: int,
+                request: dict[str, Any], scratch: str, console: Console) -> Dataset:  # fmt: skip
+        rules = rules_of(config, layouts, salt, console)
+        staging = storage.absolute(staging_folder(config.target, scratch))
+        try:
+            with session(self._master) as spark:
+                found, gathered = gather(spark, config, files(sources), layouts, rules, config.duplicates, scratch,
+                                         console)  # fmt: skip
+                plan, core = make_plan(config, found, gathered, console)
+                with console.busy(f"write {plan.num_lanes} lanes"):
+                    totals, written = write(config, found, gathered, plan, core, staging)
+            return commit(config, found, plan, totals, written, request, scratch, console)
+        finally:
+            storage.remove(staging if storage.is_local(staging) else storage.join(config.target, ".scratch"))
+
+    def read(self, config: PrepareConfig, sources: Sequence[Source | FrameSource], layouts: list[Layout], salt: int,
+             scratch: str, console: Console, time_unit: int) -> Ingest:  # fmt: skip
+        """The rows of an append: read on the cluster, brought to the driver, which adds them to the dataset."""
+        rules = rules_of(config, layouts, salt, console, time_unit)
+        with session(self._master) as spark:
+            found, gathered = gather(spark, config, files(sources), layouts, rules, "keep", scratch, console)
+            with console.busy("bringing what was read to the driver"):
+                return brought(config, found, gathered, scratch)
+
+
+def files(sources: Sequence[Source | FrameSource]) -> list[Source]:
+    found = [source for source in sources if isinstance(source, Source)]
+    assert len(found) == len(sources), "a data frame is no file"
+    return found
+
+
+def staging_folder(out: str, scratch: str) -> str:
+    """Where attempts write: in the store of ``out``, under a name that no killed job's late tasks know."""
+    name = f"attempts-{secrets.token_hex(8)}"
+    return os.path.join(scratch, name) if storage.is_local(out) else storage.join(out, ".scratch", name)
+
+
+def write(config: PrepareConfig, found: Found, gathered: Gathered, plan: Plan, core: Core,
+          staging: str) -> tuple[Totals, list[Written]]:  # fmt: skip
+    """Number and write: what all parts add up to, and what the attempts that count have written."""
+    parts = gathered.parts
+    users, rows = np.zeros(parts.users, np.int64), np.zeros(parts.users, np.int64)
+    for fact in gathered.facts:
+        users[fact.part], rows[fact.part] = fact.users, fact.rows
+    shift = np.uint64(64 - (parts.items - 1).bit_length())
+    firsts = np.arange(1, parts.items, dtype=np.uint64) << shift
+    edges = np.concatenate([[0], np.searchsorted(plan.items.hashes, firsts), [plan.items.hashes.size]])
+    same = plan.items is plan.all_items
+    numbering = Numbering(
+        parts=parts, core=core, items=core.items if same else gathered.share(plan.items.hashes),
+        item_edges=edges.astype(np.int64), users_before=np.cumsum(users) - users, rows_before=np.cumsum(rows) - rows,
+        kept_rows=plan.kept_rows, num_lanes=plan.num_lanes, rule=plan.rule, lines_before=gathered.lines_before,
+    )  # fmt: skip
+    writing = Writing(numbering=numbering, staging=staging, order=config.order, seed=config.seed,
+                      has_time=found.rules.with_time, wide_ids=plan.wide_ids)  # fmt: skip
+    numbered = gathered.frame.mapInArrow(number_task(numbering), COLUMNS)
+    frame = moved(numbered, numbering.partitions).mapInArrow(write_task(writing), COLUMNS)
+    facts = facts_in(collected(frame))
+    totals = added([fact for fact in facts if isinstance(fact, Totals)])
+    return totals, [fact for fact in facts if isinstance(fact, Written)]
+
+
+def added(parts: Sequence[Totals]) -> Totals:
+    """The totals of all parts, in order; lanes' files are not in them."""
+    total = Totals()
+    for part in parts:
+        total.users, total.rows = max(total.users, part.users), max(total.rows, part.rows)
+        for lane, (first, end) in part.lane_users.items():
+            total.lane_users[lane] = (total.lane_users.get(lane, (first, end))[0], end)
+        for activity, users in part.user_activity.items():
+            total.user_activity[activity] = total.user_activity.get(activity, 0) + users
+        total.cold_user_val += part.cold_user_val
+        total.val_in_train = (total.val_in_train[0] + part.val_in_train[0],
+                              total.val_in_train[1] + part.val_in_train[1])  # fmt: skip
+    return total
+
+
+def commit(config: PrepareConfig, found: Found, plan: Plan, totals: Totals, written: Sequence[Written],
+           request: dict[str, Any], scratch: str, console: Console) -> Dataset:  # fmt: skip
+    """Give the files of the attempts that count their names, and write items, report and manifest."""
+    check_seen(config.target, written)
+    open_directory(config.target)
+    entries = {entry.path: entry for attempt in written for entry in attempt.files}
+    for attempt in written:
+        if attempt.lane >= 0:
+            totals.lane_files[attempt.lane], totals.lane_rows[attempt.lane] = attempt.files, attempt.sizes
+            totals.facts.add(attempt.facts)
+        for entry in attempt.files:
+            if not entry.path.startswith("items/"):
+                put(storage.join(attempt.folder, entry.path), storage.join(config.target, entry.path))
+    with console.busy("writing the items"):
+        counts, item_file = write_items(config.target, written, scratch)
+    others = [entries["users.parquet"], item_file, entries["rejected.parquet"]]
+    manifest = make_manifest(config, found, plan, totals, counts, others, request)
+    return finish_dataset(config.target, manifest, found, totals, counts, console)
+
+
+def check_seen(out: str, written: Sequence[Written]) -> None:
+    """UsageError where the driver does not see what the executors have written."""
+    for attempt in written:
+        for entry in attempt.files:
+            if not storage.exists(storage.join(attempt.folder, entry.path)):
+                raise UsageError(f"{storage.redact(out)} is another folder on the executors than on the driver: --out "
+                                 "must be on a disk that all of them share, or a URL.")  # fmt: skip
+
+
+def put(source: str, target: str) -> None:
+    storage.make_dirs(target.rpartition("/")[0])
+    storage.move(source, target)
+
+
+def write_items(root: str, written: Sequence[Written], scratch: str) -> tuple[ItemCounts, FileEntry]:
+    """items.parquet of the parts that tasks have written, and the counts of all items."""
+    paths = {e.path: storage.join(w.folder, e.path) for w in written for e in w.files if e.path.startswith("items/")}
+    counts: list[list[npt.NDArray[np.int64]]] = []
+    with vocabulary_file(root, "items", scratch) as items:
+        for name in sorted(paths):
+            table = pq.read_table(pa.BufferReader(storage.read_bytes(paths[name]))).combine_chunks()
+            own = [table.column(column).to_numpy() for column in COUNTED]
+            texts = table.column("text").chunk(0) if table.num_rows else None
+            if texts is not None:
+                edges = np.frombuffer(texts.buffers()[1], np.int64)[: len(texts) + 1]
+                ids = Ids(np.zeros(len(texts), np.uint64), edges, np.frombuffer(texts.buffers()[2], np.uint8))
+                items.write(ids, np.arange(len(texts)), own[0])
+            counts.append(own)
+        items.flush()
+    return ItemCounts(*(np.concatenate([own[k] for own in counts]) for k in range(3))), items.file.done
+
+
+def brought(config: PrepareConfig, found: Found, gathered: Gathered, scratch: str) -> Ingest:
+    """The rows and ids of the cluster as the read pass of one machine leaves them."""
+    ids = (IdSpill(scratch, "users", config.memory // 16), IdSpill(scratch, "items", config.memory // 16))
+    rows, path = RowSpill(scratch, config.memory // 6), os.path.join(scratch, "rejected.parquet")
+    with pq.ParquetWriter(path, REJECTED_SCHEMA, compression="lz4") as rejected:
+        for message in streamed(gathered.frame):
+            if message.kind == ROWS:
+                columns = {name: values.copy() for name, values in unpacked(message.data).items()}
+                columns.pop("occurrence")
+                rows.add(columns)
+            elif message.kind in (USERS, ITEMS):
+                own, _ = ids_in(message.data)
+                ids[message.kind - USERS].add(own.hashes, own.edges[:-1], np.diff(own.edges), own.content)
+            elif message.kind == REJECTS:
+                rejected.write_table(rejects_table(message, gathered.lines_before[message.place]))
+    for spill in (rows, *ids):
+        spill.close()
+    return Ingest(**vars(found), rows=rows, ids=ids, rejected_path=path)

@@ -1,0 +1,128 @@
+"""A Spark session: what it needs, how it is set, and its failures as sentences."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mfdist.errors import MfdistError, UsageError
+from mfdist.prepare_spark.messages import FACT, FAULT, Message, value_of
+
+LEAST_JAVA = 17
+SETTINGS = {
+    "spark.sql.adaptive.enabled": "false",  # it would put several lanes into one task
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "16",  # messages have megabytes
+    "spark.driver.maxResultSize": "0",  # the driver gets the hashes of all items
+    "spark.ui.showConsoleProgress": "false",
+    "spark.log.level": "ERROR",
+}
+
+
+def check_installed() -> None:
+    """UsageError where PySpark, or the Java that it needs, is missing."""
+    try:
+        import pandas  # noqa: F401 (mapInArrow looks for it)
+        import pyspark.sql  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f'--engine spark needs PySpark with pandas, and {error.name} is not installed: pip install "mfdist[spark]".'
+        ) from None
+    home = os.environ.get("JAVA_HOME")
+    java = os.path.join(home, "bin", "java") if home else shutil.which("java")
+    remedy = f"install Java {LEAST_JAVA} (such as openjdk-17-jre-headless), or set JAVA_HOME to where it is"
+    if not java or not os.access(java, os.X_OK):
+        where = f"JAVA_HOME is {home}, which has no bin/java" if home else "there is no java on the PATH"
+        raise UsageError(f"--engine spark needs Java, and {where}: {remedy}.")
+    said = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
+    version = re.search(r'version "(?:1\.)?(\d+)', said)
+    if not version or int(version[1]) < LEAST_JAVA:
+        found = f"is Java {version[1]}" if version else "does not say its version"
+        raise UsageError(f"--engine spark needs Java {LEAST_JAVA} or later, and {java} {found}: {remedy}.")
+
+
+@contextmanager
+def session(master: str | None) -> Iterator[Any]:
+    """A SparkSession; one that this process has already is used and left as it was, one of our own is stopped.
+
+    A failure of Spark's in the block becomes a MfdistError.
+    """
+    from pyspark.sql import SparkSession
+
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    before = SparkSession.getActiveSession()
+    builder = SparkSession.builder.appName("mfdist prepare")
+    if master:
+        builder = builder.master(master)
+    for name, value in SETTINGS.items():
+        builder = builder.config(name, value)
+    if "PYTHONPATH" in os.environ:
+        builder = builder.config("spark.executorEnv.PYTHONPATH", os.environ["PYTHONPATH"])
+    with _explained(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas")  # nothing here is of pandas
+        spark = builder.getOrCreate()
+        try:
+            yield spark
+        finally:
+            if before is None:
+                spark.stop()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    from py4j.protocol import Py4JError, Py4JNetworkError
+    from pyspark.errors import PySparkException
+
+    try:
+        yield
+    except (PySparkException, Py4JError, Py4JNetworkError) as error:
+        raise MfdistError(f"Spark gave up: {reason_of(str(error))}. Its log says more.") from error
+
+
+def reason_of(text: str) -> str:
+    """The last error of a Python task that Spark's text quotes, else the first line that says something."""
+    raised = re.findall(r"^\s*(?:\w+\.)*\w*(?:Error|Exception|Interrupt): .*$", text, re.M)
+    python = [line for line in raised if not line.lstrip().startswith(("org.", "java.", "py4j.", "pyspark."))]
+    lines = [line for line in text.splitlines() if line.strip()]
+    chosen = (python or [line for line in lines if "Exception" in line or "Error" in line] or lines or ["no reason"])[0]
+    return " ".join(chosen.split())[:500].rstrip(".")
+
+
+def kept(frame: Any) -> Any:
+    """The DataFrame, kept on the executors' disks once it has been computed; what is lost is computed again."""
+    from pyspark import StorageLevel
+
+    return frame.persist(StorageLevel.DISK_ONLY)
+
+
+def attempt() -> int:
+    """A number that no other attempt of any task of this session has; called in a task."""
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    assert context is not None
+    return int(context.taskAttemptId())
+
+
+def collected(frame: Any) -> list[Message]:
+    """All messages of a DataFrame, on the driver."""
+    return [Message(row[0], row[1], row[2], row[3], bytes(row[4])) for row in frame.collect()]
+
+
+def streamed(frame: Any) -> Iterator[Message]:
+    """The messages of a DataFrame, partition after partition, one of them on the driver at a time."""
+    for row in frame.toLocalIterator(prefetchPartitions=True):
+        yield Message(row[0], row[1], row[2], row[3], bytes(row[4]))
+
+
+def facts_in(messages: list[Message]) -> list[Any]:
+    """The facts among messages, in the order of their places; raises the first fault."""
+    for message in sorted((m for m in messages if m.kind == FAULT), key=lambda m: m.place):
+        raise value_of(message)
+    return [value_of(m) for m in sorted((m for m in messages if m.kind == FACT), key=lambda m: m.place)]
