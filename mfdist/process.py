@@ -110,7 +110,7 @@ def give_memory_back() -> None:
     By default each thread has an arena of its own, which keeps the blocks that its thread has freed. To be called
     before there are threads.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         for parameter, value in ((_ARENA_MAX, 2), (_TRIM_THRESHOLD, _LARGE), (_MMAP_THRESHOLD, _LARGE)):
             mallopt(parameter, value)
