@@ -14,8 +14,8 @@ from test_export import export
 from test_report import HEADLINE, a_report, an_epoch
 
 from mfdist.cluster.world import World
-from mfdist.pages.charts import Event, Interval, Level, Series, bar_chart, interval_chart, line_chart
-from mfdist.pages.page import seconds
+from mfdist.pages.charts import Event, Interval, Level, Series, bar_chart, interval_chart, line_chart, row_chart
+from mfdist.pages.page import percent, seconds
 from mfdist.pages.scales import Scale, short, span
 from mfdist.prepare.report import write_dataset_report
 from mfdist.results.comparison_page import comparison_page
@@ -112,7 +112,7 @@ def test_work_time_leaves_pauses_out():
         {
             "learning": 4.2,
             "waiting for data": 0.5,
-            "for ranks": 0.2,
+            "waiting for ranks": 0.2,
             "checkpoints": 0.1,
             "validation": 1.0,
             "compiling": 2.0,
@@ -134,6 +134,15 @@ def test_error_sums_are_plain_counts(dataset):
     assert low <= figures["val_rmse_clipped"] <= high
 
 
+def test_shares_that_are_not_none_are_not_shown_as_none():
+    assert [percent(v) for v in (None, 0.0, 0.0002, 0.123)] == ["-", "0.0%", "0.02%", "12.3%"]
+
+
+def test_epochs_begin_at_one_on_their_axis():
+    chart = line_chart([Series("a", [(epoch, 1.0) for epoch in range(1, 41)])], "epoch", "y", whole_x=True)
+    assert ">10<" in chart and ">0<" not in chart.split("epoch")[0]
+
+
 def test_axes_have_round_ticks():
     assert Scale(0.0, 1.0, 0, 100).ticks(6) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert Scale(0.6, 3.4, 0, 100).ticks(7, whole=True) == [1, 2, 3]
@@ -152,7 +161,9 @@ def test_charts_draw_what_they_are_given():
     points = re.search(r'points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"', chart)
     assert points is not None and float(points[1]) < float(points[3]) and float(points[2]) < float(points[4])
     assert bar_chart([("1", 3), ("2", 6)], "x", "y").count("<rect") == 2
-    assert line_chart([], "x", "y") == bar_chart([], "x", "y") == interval_chart([], "x") == ""
+    drawn = row_chart([("waiting", 0.1, "0.1 s"), ("learning", 60.0, "1 min 00 s")], "seconds")
+    assert drawn.count("<rect") == 2 and ">waiting<" in drawn and ">1 min 00 s<" in drawn
+    assert row_chart([], "x") == line_chart([], "x", "y") == bar_chart([], "x", "y") == interval_chart([], "x") == ""
     assert interval_chart([Interval("a", -0.1, -0.2, 0.1)], "x").count("<circle") == 1
 
 

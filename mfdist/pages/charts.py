@@ -14,11 +14,13 @@ from markupsafe import Markup, escape
 
 from mfdist.pages.scales import Scale, short, span
 
-WIDTH, HEIGHT = 440, 270
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 40
+WIDTH, HEIGHT = 370, 250
+LEFT, RIGHT, TOP, BOTTOM = 60, 14, 14, 40
 TONES = ("a", "b", "c", "d", "e", "f")
 """Classes of colours, see ``templates/base.html``; ``muted`` is the seventh."""
-MOST_LETTERS = 58
+LETTER = 7.5
+"""Width of a letter, about."""
+MOST_LETTERS = 48
 """Of a text that stands alone in a line."""
 Point = tuple[float, float]
 
@@ -69,7 +71,8 @@ def line_chart(
     across = Scale(*span(xs, log=log_x), LEFT, WIDTH - RIGHT, log_x)
     up = Scale(*span(ys, log=log_y, from_zero=from_zero), HEIGHT - BOTTOM, TOP, log_y)
     parts = _up_axis(up, y)
-    parts += _across_axis(across, x, HEIGHT, _ticks(across, whole_x or years, names, years))
+    ticks = _ticks(across, whole_x or years, names, years)
+    parts += _across_axis(across, x, HEIGHT, [tick for tick in ticks if tick[0] >= min(xs) or not whole_x])
     if diagonal:
         low, high = max(across.low, up.low), min(across.high, up.high)
         parts.append(_path([(across.at(v), up.at(v)) for v in (low, high)], "muted", "4 4"))
@@ -105,6 +108,22 @@ def bar_chart(bars: Sequence[tuple[str, float]], x: str, y: str, tone: str = "a"
         if len(bars) <= 6:
             parts.append(_text(short(value), middle, top - 4, "middle"))
     return _figure(parts, Markup(""), f"{y} by {x}")
+
+
+def row_chart(rows: Sequence[tuple[str, float, str]], x: str, tone: str = "a") -> Markup:
+    """Level bars, a row each: (label, value, the value in words), the label above its bar; '' of none."""
+    if not rows:
+        return Markup("")
+    height = 34 * len(rows) + BOTTOM + 6
+    across = Scale(0.0, max([value for _, value, _ in rows] + [1e-9]) * 1.2, 12, WIDTH - RIGHT)
+    parts = _across_axis(across, x, height, _ticks(across, False, (), False))
+    for number, (label, value, words) in enumerate(rows):
+        y, end = 34 * number + 20, across.at(value)
+        parts.append(_text(_shortened(label), 12, y - 4, "start"))
+        parts.append(Markup('<rect class="f-{}" x="12" y="{}" width="{:.1f}" height="12"><title>{}: {}</title></rect>')
+                     .format(tone, y, end - 12, label, words))  # fmt: skip
+        parts.append(_text(words, end + 5, y + 10, "start"))
+    return _figure(parts, Markup(""), x, height)
 
 
 @dataclass(frozen=True)
@@ -162,7 +181,7 @@ def _ticks(across: Scale, whole: bool, names: Sequence[str], years: bool) -> lis
 
 def _every(names: Sequence[str], width: float) -> int:
     """Each how many-th of ``names``, evenly over ``width``, can be written without touching the next."""
-    return max(1, math.ceil(len(names) * (max(map(len, names)) * 7 + 8) / width))
+    return max(1, math.ceil(len(names) * (max(map(len, names)) * LETTER + 8) / width))
 
 
 def _up_axis(up: Scale, name: str) -> list[Markup]:
@@ -173,7 +192,7 @@ def _up_axis(up: Scale, name: str) -> list[Markup]:
             LEFT, WIDTH - RIGHT, y, y))  # fmt: skip
         parts.append(_text(short(value), LEFT - 6, y + 4, "end"))
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    turned = Markup('<text class="name" text-anchor="middle" transform="translate(13 {:.0f}) rotate(-90)">{}</text>')
+    turned = Markup('<text class="name" text-anchor="middle" transform="translate(11 {:.0f}) rotate(-90)">{}</text>')
     return [*parts, turned.format(middle, name)]
 
 
@@ -184,7 +203,7 @@ def _across_axis(across: Scale, name: str, height: int, ticks: Sequence[tuple[fl
         place = across.at(value)
         parts.append(Markup('<line class="axis" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>').format(
             place, place, height - BOTTOM, height - BOTTOM + 4))  # fmt: skip
-        parts.append(_text(text, place, height - BOTTOM + 16, "middle"))
+        parts.append(_text(text, min(place, WIDTH - LETTER * len(text) / 2), height - BOTTOM + 16, "middle"))
     return [*parts, _text(name, (across.start + across.end) / 2, height - 6, "middle", "name")]
 
 

@@ -52,7 +52,10 @@ def mib(value: int | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+    """A share as 12.3%; one that would seem to be none with a digit more."""
+    if value is None:
+        return "-"
+    return f"{value:.2%}" if 0 < value < 0.001 else f"{value:.1%}"
 
 
 def day(moment: float) -> str:

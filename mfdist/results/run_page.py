@@ -9,8 +9,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mfdist.pages.charts import Event, Level, Series, bar_chart, line_chart
+from mfdist.pages.charts import Event, Level, Series, bar_chart, line_chart, row_chart
 from mfdist.pages.page import day, render
+from mfdist.pages.page import seconds as seconds_in_words
 from mfdist.results import ranking_metrics
 
 FLOORS = {"global_mean": "mean of all ratings", "item_mean": "mean of the item", "bias": "user and item biases"}
@@ -92,8 +93,8 @@ def time_figures(records: Sequence[Record]) -> list[Figure]:
         found.append(("Training speed over time", chart, "Pauses between a stop and its restart are left out."))
     spent = phase_seconds(records)
     if sum(spent.values()) > 1:
-        bars = [(name, value) for name, value in spent.items()]
-        found.append(("Where the time went", bar_chart(bars, "", "seconds", "e"), ""))
+        rows = [(name, value, seconds_in_words(value)) for name, value in spent.items()]
+        found.append(("Where the time went", row_chart(rows, "seconds", "e"), ""))
     return found
 
 
@@ -115,7 +116,8 @@ def phase_seconds(records: Sequence[Record]) -> dict[str, float]:
         return float(sum(record.get(key) or 0.0 for record in records if record["kind"] == kind))
 
     waits = {
-        "waiting for data": total("interval", "wait_seconds"), "for ranks": total("interval", "ranks_wait_seconds"),
+        "waiting for data": total("interval", "wait_seconds"),
+        "waiting for ranks": total("interval", "ranks_wait_seconds"),
         "checkpoints": total("checkpoint", "pause_seconds"),
     }  # fmt: skip
     spent = {
@@ -206,7 +208,7 @@ def _ranking_cards(report: Record) -> list[tuple[Any, str]]:
 
 def _epochs_head(ranks: bool) -> list[str]:
     names = ("train error", "NDCG@10") if ranks else ("train RMSE", "val RMSE, clipped", "val MAE, clipped")
-    return ["epoch", *names, "seconds", "to validate", "M ratings/s"]
+    return ["epoch", *names, "time", "to validate", "M ratings/s"]
 
 
 def _slices(report: Record) -> list[tuple[Any, ...]]:
@@ -239,8 +241,9 @@ def _validated(epoch: Record, ranked: bool) -> list[float | None]:
 def _epochs(report: Record, records: Sequence[Record]) -> list[tuple[Any, ...]]:
     validated = {r["epoch"]: r.get("validation_seconds") for r in records if r["kind"] == "epoch"}
     ranked = bool(report["epochs"]) and "val_ndcg" in report["epochs"][0]
-    return [(e["epoch"], e["train_rmse"], *_validated(e, ranked), e["seconds"], validated.get(e["epoch"]),
-             e["ratings_per_second"] / 1e6) for e in report["epochs"]]  # fmt: skip
+    return [(e["epoch"], e["train_rmse"], *_validated(e, ranked), seconds_in_words(e["seconds"]),
+             seconds_in_words(validated.get(e["epoch"])), f"{e['ratings_per_second'] / 1e6:.3g}")
+            for e in report["epochs"]]  # fmt: skip
 
 
 def _events(records: Sequence[Record]) -> list[tuple[str, str]]:

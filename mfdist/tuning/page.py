@@ -80,7 +80,8 @@ def _without_the_worst(results: Results, finished: Sequence[Trial]) -> tuple[lis
     shown = [trial for trial, error in zip(finished, errors, strict=True) if error <= limit]
     left = len(errors) - len(shown)
     word = "above" if results.measure.sign > 0 else "below"
-    return shown, f"{left} trials {word} {results.shown(limit)} are left out." if left else ""
+    who = "1 trial is" if left == 1 else f"{left} trials are"
+    return shown, f"{who} left out, {word} {results.shown(limit)}." if left else ""
 
 
 def _cards(results: Results) -> list[tuple[Any, str]]:
@@ -121,4 +122,4 @@ def _head(results: Results) -> list[str]:
 def _row(results: Results, trial: Trial) -> tuple[Any, ...]:
     apart = results.spread(trial).removeprefix(" +- ") or None
     values = [one.shown(trial.values[one.name]) for one in results.parameters]
-    return trial.number, results.shown(trial.error), apart, *values, f"{trial.seconds:.1f}", trial.why
+    return trial.number, results.shown(trial.error), apart, *values, f"{trial.seconds:.1f}", trial.why.split(",")[0]
