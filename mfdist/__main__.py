@@ -23,6 +23,7 @@ JOBS = {
     "plan": "what a training will take, before it is submitted",
     "tune": "search for settings of training on inner splits of the training rows",
     "checkpoint": "list, verify and prune the checkpoints of a run",
+    "compile": "compile the kernels of all jobs ahead, once a machine",
     "synthesize": "make synthetic ratings with a known answer",
 }
 LAUNCH = "launch"

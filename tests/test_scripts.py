@@ -22,6 +22,7 @@ case "$*" in
   *importlib.metadata*) echo 2.13.0+cpu ;;
   -c*) echo "${{FAKE_VERSION:-3.12}}" ;;
   "-m venv"*) echo venv >> $log; mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+  *jobs/compile.py*) touch {folder}/compiled ;;
   *"pip --version"*) [ -f {folder}/fake.py3 ] && exit 0 ;;
   *"pip install"*)
     words="${{*:6}}"
@@ -66,6 +67,15 @@ def test_locked_versions_are_installed_once(checkout: Path) -> None:
     code, calls = set_up(checkout)
     assert code == 0 and calls[0] == "venv" and sorted(calls[1:]) == sorted(INSTALLS)
     assert set_up(checkout) == (0, [])
+
+
+def test_kernels_are_compiled_behind_the_set_up(checkout: Path) -> None:
+    set_up(checkout)
+    for _ in range(100):
+        if (checkout / "compiled").exists():
+            break
+        time.sleep(0.1)
+    assert (checkout / "compiled").exists() and (checkout / ".venv/kernels.log").exists()
 
 
 def test_an_interrupted_set_up_is_finished(checkout: Path) -> None:

@@ -1,0 +1,17 @@
+#!/usr/bin/env python
+"""Compile the kernels of all jobs ahead, once a machine.
+
+The program is :mod:`mfdist.jobs.compile`.
+"""
+
+import sys
+
+from mfdist.loading import loading
+
+with loading():
+    from mfdist.jobs.compile import job, main
+
+__all__ = ["main"]
+
+if __name__ == "__main__":
+    sys.exit(job())
