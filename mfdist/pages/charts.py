@@ -203,7 +203,7 @@ def _across_axis(across: Scale, name: str, height: int, ticks: Sequence[tuple[fl
         place = across.at(value)
         parts.append(Markup('<line class="axis" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>').format(
             place, place, height - BOTTOM, height - BOTTOM + 4))  # fmt: skip
-        parts.append(_text(text, min(place, WIDTH - LETTER * len(text) / 2), height - BOTTOM + 16, "middle"))
+        parts.append(_text(text, min(place, WIDTH - LETTER * len(text) / 2), height - BOTTOM + 19, "middle"))
     return [*parts, _text(name, (across.start + across.end) / 2, height - 6, "middle", "name")]
 
 
