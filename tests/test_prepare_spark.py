@@ -7,6 +7,7 @@ environment: without it, or without PySpark, the second skips and says so.
 from __future__ import annotations
 
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,24 @@ def test_without_spark_or_java_one_sentence_says_what_to_install(
     words = {"pyspark": 'pip install "mfdist[spark]"', "java": "which has no bin/java", "old java": "is Java 11"}
     assert said.startswith("error: --engine spark needs ") and words[missing] in said and said.count("\n") == 1
     assert not (tmp_path / "d").exists()
+
+
+def test_a_dry_run_says_what_the_work_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mfdist.jobs.prepare import main
+    from mfdist.prepare_spark import engine
+
+    monkeypatch.setattr(engine, "check_installed", lambda: None)
+    path = write_csv(tmp_path / "a.csv", sample(2000))
+    monkeypatch.setattr(pieces, "TASK_BYTES", path.stat().st_size // 4)
+    monkeypatch.setattr(engine, "PART_BYTES", path.stat().st_size // 8)
+    assert main([str(path), "--dry-run", "--engine", "spark"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"on Spark: [45] tasks read, (8|16) sort; for about [12],\d{3} rows a task takes 0\.5 GiB", said
+    ), said
+    assert not list(tmp_path.glob("d*"))
 
 
 QUOTED = [((f"u,{k}", "two\nlines", f'u"{k}"')[k % 3], f"i{k % 7}", float(k % 5), 10**9 + k) for k in range(120)]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from prepare_files import sample, write_csv
 from spark_runs import content, ended, skip_where_missing
@@ -27,7 +30,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[st
     skip_where_missing()
     folder = tmp_path_factory.mktemp("source")
     rows: list[Any] = [*sample(6000, users=300), ("u1", "i1", "five", 10**9)]
-    argv = [str(write_csv(folder / "a.csv", rows)), "--lanes", "4", "--min-item-ratings", "90", "--max-rejected", "0.1"]
+    edges = [0, 3000, 3600, 4200, 4800, 5400, 6001]  # the first file is large enough to be cut, the others are not
+    files = [str(write_csv(folder / f"{k}.csv", rows[a:b])) for k, (a, b) in enumerate(pairwise(edges))]
+    argv = [*files, "--lanes", "4", "--min-item-ratings", "90", "--max-rejected", "0.1"]
     assert ended([*argv, "--out", str(folder / "d")])[0] == 0
     return argv, content(folder / "d")
 
@@ -50,7 +55,11 @@ def started(stage: str, kind: str, folder: Path, argv: list[str], conf: str = ""
 
 def check(folder: Path, process: subprocess.Popen[bytes], expected: dict[str, bytes], turns: int) -> None:
     """It ends well after ``turns`` faults at least, with the bytes of one machine and no file more."""
-    code = process.wait(550)
+    try:
+        code = process.wait(1200)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert code == 0, (folder / "log").read_text()[-5000:]
     found = content(folder / "d")
     assert found.keys() == expected.keys()
@@ -70,6 +79,16 @@ def test_tasks_that_fail_twice_change_nothing(
     stage: str, source: tuple[list[str], dict[str, bytes]], tmp_path: Path
 ) -> None:
     check(tmp_path, started(stage, "fail", tmp_path, source[0]), source[1], 3)
+
+
+def of_session(leader: int) -> list[str]:
+    """What still runs of a program's session: its executors, their Python workers."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline())[:200])
+    return found
 
 
 SPECULATION = """spark.speculation true
@@ -98,6 +117,10 @@ def test_a_killed_driver_leaves_no_dataset_and_the_same_command_makes_it(
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    until = time.monotonic() + 120
+    while of_session(process.pid):
+        assert time.monotonic() < until, of_session(process.pid)
+        time.sleep(0.5)
     assert not (tmp_path / "d/dataset.json").exists()
     assert {path.name for path in (tmp_path / "d").iterdir()} <= {".scratch"}
     check(tmp_path, started("none", "none", tmp_path, source[0]), source[1], 0)

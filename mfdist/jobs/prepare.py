@@ -49,15 +49,23 @@ from mfdist.prepare.prepare import look, prepare
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(PrepareConfig, argv, __doc__ or "")
-    engine = None
     if config.engine == "spark":
-        from mfdist.prepare_spark.engine import SparkEngine
-
-        engine = SparkEngine(config.spark_master)
+        return _on_spark(config)
     if config.dry_run:
         look(config, Console())
     else:
-        prepare(config, engine=engine)
+        prepare(config)
+    return 0
+
+
+def _on_spark(config: PrepareConfig) -> int:
+    from mfdist.prepare_spark.engine import SparkEngine, expectation
+
+    engine, console = SparkEngine(config.spark_master), Console()
+    if config.dry_run:
+        console.info(expectation(*look(config, console)))
+    else:
+        prepare(config, console, engine)
     return 0
 
 

@@ -17,7 +17,7 @@ from mfdist.data.dataset import Dataset, FileEntry
 from mfdist.errors import UsageError
 from mfdist.log import Console
 from mfdist.prepare.config import PrepareConfig
-from mfdist.prepare.count_pass import Plan
+from mfdist.prepare.count_pass import ROW_COST, Plan
 from mfdist.prepare.layout import Layout
 from mfdist.prepare.prepare import rules_of
 from mfdist.prepare.read_pass import REJECTED_SCHEMA, Found, FrameSource, Ingest
@@ -25,9 +25,11 @@ from mfdist.prepare.sources import Source
 from mfdist.prepare.spill import Ids, IdSpill, RowSpill
 from mfdist.prepare.vocabulary import vocabulary_file
 from mfdist.prepare.write_pass import ItemCounts, Totals, finish_dataset, make_manifest, open_directory
+from mfdist.prepare_spark import pieces
 from mfdist.prepare_spark.count_stage import Core
-from mfdist.prepare_spark.driver import Gathered, gather, make_plan, moved
+from mfdist.prepare_spark.driver import PART_BYTES, Gathered, gather, make_plan, moved
 from mfdist.prepare_spark.messages import COLUMNS, ITEMS, REJECTS, ROWS, USERS, ids_in, unpacked
+from mfdist.prepare_spark.read_stage import Parts
 from mfdist.prepare_spark.session import check_installed, collected, facts_in, session, streamed
 from mfdist.prepare_spark.write_stage import (
     COUNTED,
@@ -38,6 +40,11 @@ from mfdist.prepare_spark.write_stage import (
     rejects_table,
     write_task,
 )
+
+TEXT_ROW_BYTES = 25
+"""A row of text, about: ids of ten characters, a rating, a time."""
+DISK_ROW_BYTES = 110
+LEAST_TASK_BYTES = 512 << 20
 
 
 class SparkEngine:
@@ -70,6 +77,22 @@ class SparkEngine:
             found, gathered = gather(spark, config, files(sources), layouts, rules, "keep", scratch, console)
             with console.busy("bringing what was read to the driver"):
                 return brought(config, found, gathered, scratch)
+
+
+def expectation(sources: Sequence[Source | FrameSource], layouts: Sequence[Layout]) -> str:
+    """What the sources will take on a cluster, as a sentence: tasks, memory of one, disk of all."""
+    given = files(sources)
+    reading = sum(-(-source.bytes // pieces.TASK_BYTES) for source, layout in zip(given, layouts, strict=True)
+                  if pieces.is_large(source, layout))  # fmt: skip
+    small = [work for work in pieces.works(given, layouts, {}) if not pieces.is_large(work.file, work.layout)]
+    reading += len(pieces.tasks(small))
+    size = pieces.expected_bytes(given)
+    parts = Parts.for_bytes(size, PART_BYTES)
+    rows = size // TEXT_ROW_BYTES
+    part_bytes = rows // parts.users * ROW_COST
+    memory, disk = max(part_bytes, LEAST_TASK_BYTES) / 2**30, rows * DISK_ROW_BYTES / 2**30
+    return (f"on Spark: {reading:,} tasks read, {parts.users:,} sort; for about {rows:,} rows a task takes "
+            f"{memory:.1f} GiB of memory beside Spark's own, and all executors {disk:.1f} GiB of disk")  # fmt: skip
 
 
 def files(sources: Sequence[Source | FrameSource]) -> list[Source]:

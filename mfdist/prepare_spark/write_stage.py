@@ -183,10 +183,18 @@ def write_task(given: Writing) -> Task:
         folder = storage.join(given.staging, f"attempt-{session.attempt()}")
         target, messages = opened(batches)
         if target >= 0:
-            with tempfile.TemporaryDirectory(prefix="mfdist-prepare-") as scratch:
+            with _scratch(folder) as scratch:
                 yield from to_batches(_written(target, messages, folder, given, scratch))
 
     return run
+
+
+def _scratch(folder: str) -> tempfile.TemporaryDirectory[str]:
+    """A local folder for an attempt; where it can be, one that is removed with all attempts if the task is killed."""
+    if not storage.is_local(folder):
+        return tempfile.TemporaryDirectory(prefix="mfdist-prepare-")
+    os.makedirs(storage.local_path(folder))
+    return tempfile.TemporaryDirectory(dir=storage.local_path(folder))
 
 
 def _written(target: int, messages: Iterator[Message], folder: str, given: Writing, scratch: str) -> Iterator[Message]:
