@@ -52,10 +52,13 @@ def ended(argv: list[str], engine: Any = None) -> tuple[int, str]:
     return code, "".join(sorted(line for line in (out.getvalue() + err.getvalue()).splitlines(True) if is_plain(line)))
 
 
+PROGRESS = ("read", "write", "count", "minimum counts", "time of the split", "find the pieces", "sorting", "drawing",
+            "comparing", "writing", "bringing", "finding", "compiling kernels", "kernels compiled")  # fmt: skip
+
+
 def is_plain(line: str) -> bool:
     """Whether a line is no word about progress, which engines have of their own."""
-    return not line.startswith(("read", "write", "count", "minimum counts", "time of the split", "find the pieces",
-                                "sorting", "drawing", "comparing", "writing", "bringing", "finding"))  # fmt: skip
+    return not line.startswith(PROGRESS)
 
 
 def content(folder: Path) -> dict[str, bytes]:
