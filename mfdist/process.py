@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import errno
+import functools
+import gc
 import os
 import re
 import signal
@@ -20,6 +23,13 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     """Those of ``STOP_SIGNALS`` that this process answers: not SIGHUP where it was started to ignore it (nohup)."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return tuple(number for number in STOP_SIGNALS if not (ignored and number is signal.SIGHUP))
+
+
+@functools.cache
+def end_quickly() -> None:
+    """Let the interpreter end without looking for circular garbage among all that torch and numba have made: that took
+    a second after the last word of a program, and several on a busy machine."""
+    atexit.register(gc.freeze)
 
 
 # The console --------------------------------------------------------------------------------------

@@ -115,9 +115,10 @@ def _add_rankings(
     table: list[dict[str, Any]], models: Sequence[_EvaluatedModel], dataset: Dataset, config: EvaluateConfig,
     world: World, sample: float,
 ) -> None:  # fmt: skip
-    chosen = ranking.ranked_users(dataset, world, config.ranking, seed=config.seed, sample=sample)
-    for model, entry in zip(models, table, strict=True):
-        entry["ranking"] = ranking.rank_metrics(model.top, chosen, dataset, world)
+    with Console(world.is_main, aside=True).busy("measuring the recommendations"):
+        chosen = ranking.ranked_users(dataset, world, config.ranking, seed=config.seed, sample=sample)
+        for model, entry in zip(models, table, strict=True):
+            entry["ranking"] = ranking.rank_metrics(model.top, chosen, dataset, world)
 
 
 def _about(dataset: Dataset) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from mfdist.results import exported_model, ranking_metrics, report
 from mfdist.results.floors import floors
 from mfdist.run import checkpoint
 from mfdist.training.announcement import next_commands
+from mfdist.training.defaults import RECIPE
 from mfdist.training.session import Session, chosen_epoch, load, wait_for_save
 
 BEST_ON_VAL = "best on validation (the vignette's convention)"
@@ -112,8 +113,13 @@ def doubt_about(found: dict[str, Any], lr: float, epochs: int) -> str:
         return ""
     return (
         f"RMSE {rmse:.4f} (clipped) is worse than {floor:.4f}, that of user and item biases alone: --lr {lr:g} is too "
-        f"high or too low for this data, or --epochs {epochs} too many or too few. --config recipe suits most data."
+        f"high or too low for this data, or --epochs {epochs} too many or too few.{_remedy(lr)}"
     )
+
+
+def _remedy(lr: float) -> str:
+    """For whoever has left the recipe."""
+    return "" if lr == RECIPE["lr"] else " --config recipe suits most data."
 
 
 def export_model(session: Session) -> None:
