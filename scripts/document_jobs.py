@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write jobs/README.md from the code: each job's purpose, examples and flags.
+"""Write jobs/README.md: the walk-through, and from the code each job's purpose, examples and flags.
 
 python scripts/document_jobs.py     # after a change of a job's docstring or flags; a test holds the file to the code
 """
@@ -19,11 +19,11 @@ from mfdist.__main__ import JOBS
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """# Jobs
 
-Made from the code by `scripts/document_jobs.py`. `jobs/NAME.py` of a checkout, `mfdist NAME` of an installation and
-`python -m mfdist.jobs.NAME` are the same program; those that work on several ranks start under torchrun, or under
-`python -m mfdist.launch` (`mfdist launch`), which takes torchrun's flags and passes on the exit codes below. Every job
-takes `--config`, a TOML file that sets any of its flags; the command line wins. Every path may be a URL of fsspec.
-`--help` shows the flags that are needed first (here in bold), `--help-all` every one.
+Made from the code and `jobs/walk_through.md` by `scripts/document_jobs.py`. `jobs/NAME.py` of a checkout, `mfdist NAME`
+of an installation and `python -m mfdist.jobs.NAME` are the same program; those that work on several ranks start under
+torchrun, or under `python -m mfdist.launch` (`mfdist launch`), which takes torchrun's flags and passes on the exit
+codes below. Every job takes `--config`, a TOML file that sets any of its flags; the command line wins. Every path may
+be a URL of fsspec. `--help` shows the flags that are needed first (here in bold), `--help-all` every one.
 
 | exit code | |
 |---|---|
@@ -91,7 +91,7 @@ def section(job: str) -> str:
 
 
 def document() -> str:
-    return "\n".join([HEAD, *(section(job) for job in JOBS)])
+    return "\n".join([HEAD, (ROOT / "jobs/walk_through.md").read_text(), *(section(job) for job in JOBS)])
 
 
 if __name__ == "__main__":

@@ -63,8 +63,9 @@ class Found(NamedTuple):
 def similar(config: SimilarConfig, world: World, console: Console | None = None) -> Found:
     """Write the neighbours; collective. StopRequested where a signal asks for it, as in ``recommend``."""
     console = console or Console(False)
-    model = ExportedModel.open(config.run_dir)
-    rows, unknown = _wanted(config, model)
+    with console.busy("opening the model"):
+        model = ExportedModel.open(config.run_dir)
+        rows, unknown = _wanted(config, model)
     flags = {key: value for key, value in asdict(config).items() if key not in ("device", "run_dir", "out", "ids")}
     request = {**flags, "job": "similar", "model": model.identity(), "wanted": checksum_of(rows)}
     segments = [rows[first : first + SEGMENT_ROWS] for first in range(0, len(rows), SEGMENT_ROWS)]
@@ -73,7 +74,7 @@ def similar(config: SimilarConfig, world: World, console: Console | None = None)
     done = len(rows) - sum(len(segments[number]) for number in todo)
     if done:
         console.info(f"{done:,} of {len(rows):,} {config.side} are there already")
-    with stoppable(world, config.out):
+    with stoppable(world, config.out), console.busy("preparing the search"):
         near = Neighbours(model, config.side, config.measure, world.device) if todo else None
 
     with console.progress("similar", len(rows), done, unit=config.side) as progress:
