@@ -182,9 +182,9 @@ def main() -> None:
         with source.open("rb") as stream:
             rows = sum(piece.count(b"\n") for piece in iter(lambda: stream.read(1 << 24), b""))
         given = (source, rows, args.memory, args.repeats, folder)
-        found = measure_spark(*given, args.master) if args.engine == "spark" else measure(*given)
+        found = measure_spark(*given, args.spark_master) if args.engine == "spark" else measure(*given)
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # Spark takes its own folders away at the same time
     print(f"{'':34}{'seconds':>9}{'M rows/s':>10}{'peak RSS':>11}{'rows':>13}")
     for row in found:
         print(f"{row['system']:34}{row['seconds']:9.2f}{row['rows_per_second'] / 1e6:10.2f}"

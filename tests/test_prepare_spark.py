@@ -47,6 +47,7 @@ def bad_rows(rows: list[Any]) -> list[Any]:
 
 def test_the_dataset_is_that_of_one_machine(spark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files cut into pieces for tasks, bad rows, duplicates, minimum counts, blocks, a time split; then an append."""
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 1500)
     monkeypatch.setattr(pieces, "TASK_BYTES", 4000)
     monkeypatch.setattr(driver, "PART_BYTES", 8000)
     rows = sample(3000, users=150, repeats=True)

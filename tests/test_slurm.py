@@ -133,6 +133,30 @@ def test_the_chain_and_its_gate(cluster: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_spark_cluster_of_a_job_begins_and_ends_with_it(tmp_path: Path) -> None:
+    """The script with a Slurm that only starts programs: one node, a master and a worker that know the secret."""
+    from spark_runs import content, ended, skip_where_missing
+
+    skip_where_missing()
+    env = fake_slurm(tmp_path, 0) | {"MFDIST_PYTHON": sys.executable, "EXECUTOR_MEMORY": "1g", "DRIVER_MEMORY": "1g"}
+    (tmp_path / "srun").write_text('#!/bin/bash\nshift\nexec "$@"\n')
+    (tmp_path / "scontrol").write_text("#!/bin/bash\necho localhost\n")
+    env |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SPARK_WORKER_DIR": str(tmp_path / "work"), "PYTHONPATH": str(ROOT),
+            "SPARK_LOCAL_IP": "127.0.0.1", "SLURM_CPUS_PER_TASK": "2", "HOME": str(tmp_path)}  # fmt: skip
+    source = tmp_path / "ratings.csv"
+    source.write_text("".join(f"u{k % 97},i{k % 31},{k % 5 + 1},{k}\n" for k in range(3000)))
+    flags = [str(source), "--lanes", "3", "--out"]
+    command = ["bash", str(SCRIPTS / "prepare-spark.sbatch"), *flags, str(tmp_path / "spark/d")]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ended([*flags, str(tmp_path / "one/d")])[0] == 0
+    assert content(tmp_path / "spark") == content(tmp_path / "one")
+    assert not list(tmp_path.glob(".mfdist-spark-*"))
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in running
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["done", "refused", "cancelled"])
 def test_prepare_on_a_spark_cluster_of_the_allocation(cluster: Cluster, tmp_path: Path, end: str) -> None:
     """The dataset of one machine; on every way out no process and no file of the cluster is left."""
