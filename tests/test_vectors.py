@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from datasets import make_dataset
 from numba import njit
 from ranks import run_ranks
@@ -63,6 +64,7 @@ def test_rows_of_a_buffer_begin_where_cache_lines_do():
         assert all(row.ctypes.data % 64 == 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_kernels_of_a_constant_shape_give_the_same_bits(tmp_path, monkeypatch):
     """Which of them runs depends on the size of the data and must change nothing."""
     data = str(tmp_path / "data")
