@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,19 @@ class Read:
     rows: list[Row]
     refused: list[tuple[int, str, str]]
     num_in: int
+    units: list[TimeUnit | None] = field(default_factory=list)
 
 
-def read(*paths: Path, columns: tuple[str, ...] | None = None) -> Read:
-    """Every row of the files as the read pass takes it; DataError and UsageError as it raises them."""
+def read(*paths: Path, columns: tuple[str, ...] | None = None, units: Sequence[TimeUnit | None] = ()) -> Read:
+    """Every row of the files as the read pass takes it; DataError and UsageError as it raises them.
+
+    ``units``: of the times of each file, where its first block may be too small to show it.
+    """
     found = Read([], [], 0)
     for source in find_sources(tuple(map(str, paths))):
         layout = recognise(source, columns)
         rules = Rules(0, None, layout.has_time)
-        unit: TimeUnit | None = None
+        unit = units[len(found.units)] if units else None
         line = 1
         for piece in readers.chunks(source, layout):
             if isinstance(piece, str):
@@ -45,6 +50,7 @@ def read(*paths: Path, columns: tuple[str, ...] | None = None) -> Read:
             found.num_in += block.num_in
             assert block.num_in == block.rating.size + len(block.rejects)
             line += block.lines
+        found.units.append(unit)
     return found
 
 

@@ -13,7 +13,7 @@ import io
 import json
 import random
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from read_sources import KEYS, Read, Row, ratings, read
 from mfdist.errors import DataError, UsageError, exit_code_of
 from mfdist.prepare import readers
 from mfdist.prepare.prepare import prepare_frame
+from mfdist.prepare.times import TimeUnit
 
 HEAD = ",".join(KEYS)
 
@@ -118,10 +119,12 @@ def counted(kind: str, content: bytes) -> int | None:
     return None
 
 
-def outcome(path: Path, piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> Read | str:
+def outcome(
+    path: Path, piece_bytes: int, monkeypatch: pytest.MonkeyPatch, units: Sequence[TimeUnit | None] = ()
+) -> Read | str:
     monkeypatch.setattr(readers, "CHUNK_BYTES", piece_bytes)
     try:
-        return read(path)
+        return read(path, units=units)
     except (DataError, UsageError) as error:
         assert "\n" not in str(error) and len(str(error)) < 2000
         return type(error).__name__
@@ -137,7 +140,8 @@ def fuzz(kind: str, inputs: int, folder: Path, monkeypatch: pytest.MonkeyPatch) 
         path.write_bytes(content)
         try:
             whole = outcome(path, 1 << 20, monkeypatch)
-            pieces = outcome(path, rng.choice([50, 200, 700]), monkeypatch)
+            units = () if isinstance(whole, str) else whole.units
+            pieces = outcome(path, rng.choice([50, 200, 700]), monkeypatch, units)
             if isinstance(whole, str) or isinstance(pieces, str):
                 assert whole == pieces
                 refused += 1
@@ -233,3 +237,16 @@ def test_every_type_of_a_column_is_read_or_refused(role: str, tmp_path: Path, mo
                 assert str(path) in str(error), kind
         code = exit_code_of(lambda: prepare_frame(Frame(table), str(tmp_path / "d"), max_rejected=1.0, lanes=1) and 0)
         assert code in (0, 3), kind
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_text_that_is_no_utf_8_in_a_rejected_row_is_shown(encoded: bool, tmp_path: Path) -> None:
+    """Parquet does not check its texts: those of a damaged file may be any bytes."""
+    offsets, content = pa.py_buffer(b"\0\0\0\0\2\0\0\0\5\0\0\0"), pa.py_buffer(b"u1u2\xb0")
+    users = pa.Array.from_buffers(pa.string(), 2, [None, offsets, content])
+    users = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), users) if encoded else users
+    pq.write_table(pa.table({"user_id": users, "item_id": ["a", "b"], "rating": [5.0, 3.0]}), tmp_path / "r.parquet")
+    found = read(tmp_path / "r.parquet")
+    assert found.rows == [("u1", "a", 5.0)]
+    ((line, reason, text),) = found.refused
+    assert line == 2 and reason == "not valid UTF-8" and "u2\N{REPLACEMENT CHARACTER}" in text

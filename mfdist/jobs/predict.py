@@ -18,9 +18,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
 from mfdist import storage
+from mfdist.cluster.recorded import recorded
 from mfdist.cluster.world import World
 from mfdist.config import parse_config
 from mfdist.errors import exit_code_of
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def job() -> int:
     """The program: the exit code of ``main`` (see ``mfdist.errors``)."""
-    return exit_code_of(record(main))
+    return exit_code_of(recorded(main))
 
 
 if __name__ == "__main__":

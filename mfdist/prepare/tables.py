@@ -108,7 +108,14 @@ def parse_table(piece: tuple[pa.Table, int], layout: Layout, rules: Rules) -> Bl
 
 
 def _shown(value: pa.Scalar) -> Any:
-    plain = value.as_py()
+    """A value as a rejected row shows it; bytes of a damaged text that are no UTF-8 are replaced."""
+    try:
+        plain = value.as_py()
+    except UnicodeDecodeError:
+        text = value.value if isinstance(value, pa.DictionaryScalar) else value
+        if not hasattr(text, "as_buffer"):
+            return f"{value.type} with damaged text"
+        plain = text.as_buffer().to_pybytes().decode(errors="replace")
     return plain if isinstance(plain, (str, int, float, type(None))) else str(plain)
 
 
