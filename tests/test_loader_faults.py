@@ -121,7 +121,7 @@ def test_without_checksums_a_damaged_footer_is_still_named(tmp_path: Path, monke
 def test_row_groups_too_large_for_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = make_dataset(tmp_path, 5000, 2, row_group=2500)
     monkeypatch.setattr(loader_module, "available_bytes", lambda: 100_000)
-    with pytest.raises(DataError, match=r"row group 0 has 2,500 rows; two such row groups"):
+    with pytest.raises(DataError, match=r"row group 0 has 2,500 rows; two such groups"):
         Loader(dataset, batch_size=8, seed=0, rank=0, world_size=1)
 
 
