@@ -45,7 +45,7 @@ def write_files(folder: Path) -> None:
         rows.write_csv(folder / name, include_header=False)
     for name, part in (("u1.base", rows[:4000]), ("u1.test", rows[4000:])):
         part.write_csv(folder / name, separator="\t", include_header=False)
-    for month, part in (("01", rows[:2000]), ("02", rows[2000:4000])):
+    for month, part in (("01-31", rows[:2000]), ("02-29", rows[2000:4000])):
         (folder / f"ratings/date=2020-{month}").mkdir(parents=True)
         part.select("user", "item", stars="rating").write_csv(folder / f"ratings/date=2020-{month}/part-0.csv")
     (folder / "reviews").mkdir()
