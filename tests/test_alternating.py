@@ -22,7 +22,8 @@ from mfdist.errors import UsageError
 from mfdist.jobs.evaluate import main as evaluate
 from mfdist.jobs.predict import main as predict
 from mfdist.log import Console
-from mfdist.planning.plan import PlanConfig, format_plans, plan
+from mfdist.planning.plan import PlanConfig, plan
+from mfdist.planning.plan_table import format_plans
 from mfdist.training.config import TrainConfig
 from mfdist.training.train import train
 

@@ -169,3 +169,21 @@ def test_checkouts_of_the_same_source_share_and_others_do_not(tmp_path):
         stream.write("# again\n")
     run(folder, tmp_path / "copy")
     assert not old.exists() and len(list((folder / "mfdist").glob("data-*"))) >= 2
+
+
+def test_two_processes_that_compile_other_forms_at_one_moment_do_not_mix_them_up(tmp_path, monkeypatch):
+    first, second = (disk_cache._Files(str(tmp_path), "f", "stamp") for _ in range(2))
+    keep = first._save_data
+
+    def late(name, data):
+        second.save("floats", "for floats")
+        keep(name, data)
+
+    with monkeypatch.context() as patched:  # both have read the index before either writes it
+        patched.setattr(disk_cache._Files, "_load_index", lambda self: {})
+        patched.setattr(first, "_save_data", late)
+        first.save("integers", "for integers")
+    assert [first.load(key) for key in ("integers", "floats")] in (["for integers", None], [None, "for floats"])
+    first.save("integers", "for integers")
+    second.save("floats", "for floats")
+    assert [first.load(key) for key in ("integers", "floats")] == ["for integers", "for floats"]

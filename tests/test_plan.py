@@ -25,6 +25,7 @@ from mfdist.log import Console
 from mfdist.model.tables import ReplicatedTable, ShardedTable, item_layout, user_layout
 from mfdist.planning import calibration, plan
 from mfdist.planning.calibration import Trial
+from mfdist.planning.plan_table import format_plans
 from mfdist.training import memory
 from mfdist.training.config import TrainConfig
 from mfdist.training.train import train
@@ -76,7 +77,7 @@ def test_tables_that_do_not_fit_are_named_with_a_remedy(
     assert not (tmp_path / "run").exists()
     found = plan.plan_for(config_of(dataset, emb_dim=128, ranks_per_host=2), dataset, 2)
     assert "the 2 ranks of a host (2 in all)" in found.too_large
-    assert plan.format_plans([found], config_of(dataset)).endswith(found.too_large)
+    assert format_plans([found], config_of(dataset)).endswith(found.too_large)
     room[0] = 1 << 40
     assert plan.plan_for(config_of(dataset, emb_dim=128), dataset, 2).too_large == ""
 
@@ -300,7 +301,7 @@ def test_memory_within_15_and_time_within_30_percent_of_a_training(twin: str, tm
         "an epoch, s": (made.times.epoch, epoch), "all of it, s": (made.times.total, seconds),
     }  # fmt: skip
     shown = "; ".join(f"{name}: planned {p:.2f}, found {f:.2f}" for name, (p, f) in figures.items())
-    print(f"{ranks} ranks, planned in {planning:.1f} s. {shown}\n{plan.format_plans([made], config)}")
+    print(f"{ranks} ranks, planned in {planning:.1f} s. {shown}\n{format_plans([made], config)}")
     assert made.memory_bytes == pytest.approx(report["peak_rss_bytes"], rel=0.15), shown
     assert made.times.epoch == pytest.approx(epoch, rel=0.3), shown
     assert made.times.total == pytest.approx(seconds, rel=0.3), shown

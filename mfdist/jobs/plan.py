@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from mfdist.config import parse_config
 from mfdist.errors import exit_code_of
 from mfdist.log import Console
-from mfdist.planning.plan import PlanConfig, format_plans, plan
+from mfdist.planning.plan import PlanConfig, plan
+from mfdist.planning.plan_table import format_plans
 
 
 def main(argv: Sequence[str] | None = None) -> int:

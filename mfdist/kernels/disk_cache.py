@@ -150,7 +150,17 @@ class _Implementation(caching.CompileResultCacheImpl):  # type: ignore[misc]
 
 
 class _Files(caching.IndexDataCacheFile):  # type: ignore[misc]
-    """numba's files with a digest before the data; what is damaged is as if it were not there."""
+    """numba's files with a digest before the data; what is damaged is as if it were not there.
+
+    numba numbers the data of a function's forms by its index, so two processes that each compile another form at one
+    moment give both the same file, and who comes next runs one in place of the other. Here a file bears the name of
+    its form; the index that is written last may lack the other's, which is then compiled once more.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        name = f"{self._index_name}.{_digest(repr(key).encode()).hex()}.nbc"
+        self._save_data(name, data)
+        self._save_index({**self._load_index(), key: name})
 
     def _load_index(self) -> Any:
         try:

@@ -169,7 +169,7 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 def _said(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
+    lines = [line for line in text.splitlines() if any(letter.isalpha() for letter in line)]
     said = next((line for line in lines if line.startswith("error:")), lines[-1] if lines else "it said nothing.")
     return storage.redact(said.removeprefix("error: "))
 

@@ -28,7 +28,7 @@ from mfdist.errors import DataError, UsageError
 from mfdist.log import Console
 from mfdist.prepare.config import PrepareConfig
 from mfdist.prepare.count_pass import GROUP_ROWS, INT32_ROWS, Groups, check_memory, group_bounds
-from mfdist.prepare.ids import HashCollision, RowTable, hash_ids
+from mfdist.prepare.ids import HashCollision, RowTable, hash_ids, text_spans
 from mfdist.prepare.lanes import LaneWriter, ParquetFile, lanes_of_users
 from mfdist.prepare.read_pass import REJECTED_SCHEMA, Ingest
 from mfdist.prepare.replace import NEXT, REPLACED, commit, ordered_files
@@ -67,14 +67,12 @@ def compare(dataset: Dataset, side: str, ids: Ids, salt: int) -> Side:
     text = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
     if dataset.manifest.extra.get("id_rule", 1) < ID_RULE:
         check_old_ids(dataset, side, text)
-    edges = np.frombuffer(text.buffers()[1], np.int64)[text.offset : text.offset + len(text) + 1]
-    content = np.frombuffer(text.buffers()[2], np.uint8)
-    length = np.diff(edges)
+    content, start, length = text_spans(text)
     hashes, second = np.empty(length.size, np.uint64), np.empty(length.size, np.uint64)
-    hash_ids(content, edges[:-1], length, np.uint64(salt), hashes, second)
+    hash_ids(content, start, length, np.uint64(salt), hashes, second)
     try:  # known and new ids together: two texts with one hash are found here
         together = np.concatenate([content, ids.content])
-        starts = np.concatenate([edges[:-1], ids.edges[:-1] + content.size])
+        starts = np.concatenate([start, ids.edges[:-1] + content.size])
         sorted_ids(np.concatenate([hashes, ids.hashes]), starts, np.concatenate([length, np.diff(ids.edges)]), together)
     except HashCollision:
         raise DataError(

@@ -18,9 +18,11 @@ from typing import Any
 import numba
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 HASH_VERSION = 1
 U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 U = np.uint64
@@ -77,6 +79,24 @@ def hash_ids(content: Any, start: Any, length: Any, salt: Any, first: Any, secon
             left -= 8
         first[i] = mix(a)
         second[i] = mix(b)
+
+
+def text_spans(texts: pa.Array) -> tuple[Bytes, I64, I64]:
+    """(bytes, start, length) of an Arrow array of texts or bytes, (large_)utf8 or (large_)binary; nothing is copied but
+    32-bit offsets. What a null holds is the array's own matter.
+
+        >>> content, start, length = text_spans(pa.array(["one", "two", "three"])[1:])
+        >>> content.tobytes(), start.tolist(), length.tolist()
+        (b'twothree', [0, 3], [3, 5])
+    """
+    _, offsets, content = texts.buffers()
+    if len(texts) == 0:
+        return np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.int64)
+    wide = pa.types.is_large_string(texts.type) or pa.types.is_large_binary(texts.type)
+    edges = np.frombuffer(offsets, np.int64 if wide else np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    edges = edges.astype(np.int64, copy=False)
+    whole = np.frombuffer(content, np.uint8) if content is not None and content.size else np.zeros(0, np.uint8)
+    return whole[edges[0] : edges[-1]], edges[:-1] - edges[0], np.diff(edges)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -18,6 +18,7 @@ from mfdist import storage
 from mfdist.data.id_text import float_text
 from mfdist.errors import DataError
 from mfdist.prepare import delimited_text
+from mfdist.prepare.ids import text_spans
 from mfdist.prepare.layout import Layout
 from mfdist.prepare.row_checks import (
     BAD_TIME,
@@ -78,7 +79,7 @@ def parse_table(piece: tuple[pa.Table, int], layout: Layout, rules: Rules) -> Bl
     for role, text in layout.constants:
         table = table.append_column(names[role], pa.repeat(pa.scalar(text), n))
     status = np.zeros(n, np.uint8)
-    spans = [_spans(table.column(name)) for name in names[:2]]
+    spans = [text_spans(_texts(table.column(name))) for name in names[:2]]
     both = np.concatenate([content for content, _, _ in spans]) if n else np.zeros(0, np.uint8)
     start = np.stack([spans[0][1], spans[1][1] + spans[0][0].size])
     length = np.stack([spans[0][2], spans[1][2]])
@@ -172,20 +173,6 @@ def _texts(column: pa.ChunkedArray) -> pa.Array:
     return texts
 
 
-def _spans(column: pa.ChunkedArray) -> tuple[Bytes, Ints, Ints]:
-    """(bytes, start, length) of a column's ids as text; a null is empty."""
-    texts = _texts(column)
-    if len(texts) == 0:
-        return np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    buffers = texts.buffers()
-    offsets = np.frombuffer(buffers[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
-    content = (
-        np.frombuffer(buffers[2], np.uint8) if buffers[2] is not None and buffers[2].size else np.zeros(0, np.uint8)
-    )
-    content = content[offsets[0] : offsets[-1]]
-    return content, offsets[:-1] - offsets[0], np.diff(offsets)
-
-
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
@@ -243,7 +230,7 @@ def _per_second(kind: pa.DataType) -> int:
 
 def _read_texts(column: pa.ChunkedArray, status_of: int) -> tuple[Any, Ints, Flags, npt.NDArray[np.uint8]]:
     """(ratings, times, dated, status) of texts that the compiled parsers know, as ``delimited_text.reread`` does."""
-    content, begin, size = _spans(column)
+    content, begin, size = text_spans(_texts(column))
     n = begin.size
     start, length = np.zeros((4, n), np.int64), np.zeros((4, n), np.int64)
     role = 2 if status_of == delimited_text.RATING else 3

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mfdist.prepare.ids import RowTable, hash_ids
+from mfdist.prepare.ids import RowTable, hash_ids, text_spans
 
 LARGEST_BYTES = (1 << 31) - 1
 """Of texts in one Arrow array."""
@@ -44,10 +44,6 @@ class IdLookup:
 
 
 def _hashed(texts: pa.Array) -> npt.NDArray[np.uint64]:
-    _, offsets, content = texts.buffers()
     hashes, checks = np.empty(len(texts), np.uint64), np.empty(len(texts), np.uint64)
-    if len(texts):
-        ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
-        bytes_ = np.frombuffer(content, np.uint8) if content is not None and content.size else np.empty(0, np.uint8)
-        hash_ids(bytes_, ends[:-1], np.diff(ends), np.uint64(0), hashes, checks)
+    hash_ids(*text_spans(texts), np.uint64(0), hashes, checks)
     return hashes
