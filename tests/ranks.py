@@ -20,16 +20,8 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: floa
         from mfdist.cluster.world import World
 
         return [function(World.alone(), *args)]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        store = os.path.join(folder, "store")
-        children = [
-            context.Process(target=_child, args=(queue, store, rank, size, function, args), daemon=True)
-            for rank in range(size)
-        ]
-        for child in children:
-            child.start()
+        children, queue = start_ranks(size, function, args, os.path.join(folder, "store"))
         try:
             results: dict[int, Any] = {}
             for _ in range(size):
@@ -49,8 +41,27 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: floa
             queue.close()
 
 
-def _child(queue: Any, store: str, rank: int, size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def start_ranks(size: int, function: Callable[..., Any], args: tuple[Any, ...], store: str) -> tuple[list[Any], Any]:
+    """Processes that have been started, by rank, and the queue of (rank, whether it went well, result or traceback)."""
+    context = multiprocessing.get_context("forkserver")  # forks of a process that has imported everything once
+    context.set_forkserver_preload(["torch.distributed", "mfdist.training.train", "mfdist.results.evaluate"])
+    queue = context.Queue()
+    children = [
+        context.Process(target=_child, args=(queue, store, rank, size, function, args, dict(os.environ)), daemon=True)
+        for rank in range(size)
+    ]
+    for child in children:
+        child.start()
+    return children, queue
+
+
+def _child(
+    queue: Any, store: str, rank: int, size: int, function: Callable[..., Any], args: tuple[Any, ...],
+    variables: dict[str, str],
+) -> None:  # fmt: skip
     try:
+        os.environ.clear()  # those of the process that was forked are as old as that
+        os.environ.update(variables)
         import torch
         import torch.distributed as dist
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import signal
 import time
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import make_dataset
-from ranks import _child, run_ranks
+from ranks import run_ranks, start_ranks
 from test_train import config, curve, exported, train_all
 
 from mfdist.cluster import connecting, shared_memory
@@ -243,15 +242,8 @@ def train_until_killed(world, c):
 
 
 def test_a_rank_killed_in_the_exchange_ends_the_others_in_seconds(data, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    queue, store = context.Queue(), str(tmp_path / "store")
     c = config(data, tmp_path / "run", batch_size=8, epochs=100)
-    children = [
-        context.Process(target=_child, args=(queue, store, r, 3, train_until_killed, (c,)), daemon=True)
-        for r in range(3)
-    ]
-    for child in children:
-        child.start()
+    children, queue = start_ranks(3, train_until_killed, (c,), str(tmp_path / "store"))
     children[1].join(120)
     assert children[1].exitcode == -signal.SIGKILL
     began = time.monotonic()
