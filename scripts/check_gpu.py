@@ -42,7 +42,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
-CONFIGS = ("vignette_mf", "vignette_mf_advanced", "svd", "recipe")
+CONFIGS = ("vignette_mf", "vignette_mf_advanced", "svd", "recipe", "ranking")
 CURVE_TOLERANCE = 2e-4
 """RMSE: float32 sums in another order, through the epochs of a training."""
 TABLE_TOLERANCE = 2e-3
@@ -66,9 +66,9 @@ def arguments() -> argparse.Namespace:
 
 def kernels(flags: argparse.Namespace, folder: Path) -> Figures:
     """The tests' cases in several processes at once: most of their time is Triton's compilation."""
-    test = "tests/test_gpu_kernels.py"
+    tests = ["tests/test_gpu_kernels.py", *([] if flags.small else ["tests/test_gpu_alternating.py"])]
     chosen = ["-k", "test_same_steps"] if flags.small else ["-m", "slow or not slow", "-k", "not compile_for"]
-    listed = _pytest("--collect-only", "-q", "-o", "addopts=", test, *chosen)
+    listed = _pytest("--collect-only", "-q", "-o", "addopts=", *tests, *chosen)
     names = [line for line in listed.stdout.splitlines() if "::" in line]
     if not names:
         raise AssertionError(f"no test was collected: {listed.stdout[-2000:]}{listed.stderr[-2000:]}")
@@ -154,8 +154,9 @@ def curves(flags: argparse.Namespace, folder: Path) -> Figures:
             found[f"{name}_{label}_seconds"] = time.monotonic() - began
         if len(reports) == 2:
             pairs = zip(*(report["epochs"] for report in reports), strict=True)
-            apart = max(abs(one[key] - two[key]) for one, two in pairs for key in ("train_rmse", "val_rmse"))
-            found[name] = {"apart": apart, "val_rmse": [epoch["val_rmse"] for epoch in reports[1]["epochs"]]}
+            measure = "val_ndcg" if name == "ranking" else "val_rmse"
+            apart = max(abs(one[key] - two[key]) for one, two in pairs for key in ("train_rmse", measure))
+            found[name] = {"apart": apart, measure: [epoch[measure] for epoch in reports[1]["epochs"]]}
             found["ok"] = found["ok"] and apart <= CURVE_TOLERANCE
     return found
 

@@ -206,7 +206,6 @@ def test_its_plan_counts_and_says_that_it_does_not_time(data):
 
 REFUSED = {
     ("--members", "4"): "not how it was rated",
-    ("--device", "cuda"): "give --device cpu",
     ("--stop-fraction", "0.1"): "stop rows",
     ("--lr", "0.1"): "not how it was rated",
     ("--sharding", "replicated"): "cut by rows",

@@ -23,40 +23,60 @@ Users without ratings get the mean of the others, which ranks by popularity; ite
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from mfdist.kernels import alternating
-from mfdist.kernels.worker_threads import Workers
+from mfdist.errors import UsageError
+from mfdist.model.alternating_cpu import CpuSolver
 from mfdist.model.models import MF
 from mfdist.model.tables import Exchange, ShardedTable
 
-Floats32 = npt.NDArray[np.float32]
 STEPS = 3
 """Of conjugate gradients a row and epoch; more gain nothing, as the other side moves too."""
 GRAM_ROWS = 1 << 16
 
 
-class Ratings(NamedTuple):
-    """This rank's ratings by row of one side, see ``kernels.alternating.group``."""
+class Solver(Protocol):
+    """The arithmetic of a side's rows on one kind of device; tensors are float32 and lie there.
 
-    starts: npt.NDArray[np.int64]
-    grouped: npt.NDArray[np.int32]
+    ``x``: (rows, dim) the rows that are solved; ``others``: (other rows, dim) those that stand; ``gram``: (dim, dim)
+    w G; ``pulls``: (rows,) c; ``ratings``: what ``group`` gave.
+    """
 
-    @staticmethod
-    def by(rows: Any, others: Any, count: int) -> Ratings:
-        starts, grouped = np.zeros(count + 1, np.int64), np.empty(len(rows), np.int32)
-        alternating.group(rows, others, starts, grouped)
-        return Ratings(starts, grouped)
+    def group(self, rows: torch.Tensor, others: torch.Tensor, count: int) -> Any:
+        """Ratings, integers ``rows`` below ``count`` and ``others``, by row."""
 
-    @property
-    def counts(self) -> npt.NDArray[np.int64]:
-        return np.diff(self.starts)
+    def counts(self, ratings: Any) -> torch.Tensor:
+        """int64 (rows,): ratings of each row."""
+
+    def solve(
+        self, ratings: Any, others: torch.Tensor, x: torch.Tensor, gram: torch.Tensor, pulls: torch.Tensor, steps: int
+    ) -> float:
+        """Rows of ``x`` with ratings, in place; returns the sum of (1 - y.x)^2 before."""
+
+    def observe(self, ratings: Any, others: torch.Tensor, x: torch.Tensor, wanted: float, sign: float) -> torch.Tensor:
+        """(rows, dim): the sums over ratings of sign (wanted - y.x) y."""
+
+    def begin(self, x: torch.Tensor, gram: torch.Tensor, pulls: torch.Tensor, rest: torch.Tensor) -> None:
+        """``rest``, what ``observe`` gives for 1 and 1 summed over all ranks, becomes b - A x."""
+
+    def advance(
+        self, x: torch.Tensor, gram: torch.Tensor, pulls: torch.Tensor, rest: torch.Tensor, ahead: torch.Tensor,
+        image: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """A step of conjugate gradients; ``image``: what ``observe`` gives of ``ahead`` for 0 and -1, of all ranks."""
+
+    def gram(self, rows: torch.Tensor) -> npt.NDArray[np.float64]:
+        """(dim, dim): the sum of y y' over float64 ``rows``."""
+
+    def close(self) -> None:
+        """End the threads."""
 
 
 class Weights(NamedTuple):
@@ -74,137 +94,132 @@ class Weights(NamedTuple):
         noise = (users / ratings) ** 0.5 + (items / ratings) ** 0.5
         return Weights(unobserved * ratings / (users * items), penalty * noise, float(users), float(items))
 
-    def pulls(self, counts: Any, others: float) -> Floats32:
-        return (self.penalty * (np.asarray(counts, np.float64) + self.pairs * others)).astype(np.float32)
+    def pulls(self, counts: torch.Tensor, others: float) -> torch.Tensor:
+        """float32 (rows,): c."""
+        return (self.penalty * (counts.double() + self.pairs * others)).float()
 
 
 class AlternatingStep(nn.Module):
     """The step of an epoch; ``forward`` is collective. :meth:`close` it: its threads hold on to the tables."""
 
-    def __init__(self, model: MF, unobserved: float, penalty: float, threads: int) -> None:
-        """``unobserved``: a, ``penalty``: b of the module's text."""
+    def __init__(
+        self, model: MF, unobserved: float, penalty: float, threads: int, solver: Solver | None = None
+    ) -> None:
+        """``unobserved``: a, ``penalty``: b of the module's text; ``solver``: another one than the device's own."""
         super().__init__()
         assert isinstance(model.user, ShardedTable) and isinstance(model.item, ShardedTable)
         self.model, self._pair = model, (model.user, model.item)
         self._world, self._dim = model.item.world, model.form.dim
         self._unobserved, self._penalty = unobserved, penalty
-        self._workers = Workers(threads)
-        self.squared_error = torch.zeros((), dtype=torch.float64)
+        self._solver = solver or solver_on(model.item.world.device, threads)
+        self.squared_error = torch.zeros((), dtype=torch.float64, device=self._world.device)
         """Of this rank's ratings before the last step: (1 - score)^2."""
 
     def forward(self, user: torch.Tensor, item: torch.Tensor, rating: torch.Tensor, global_rows: int) -> torch.Tensor:
         """Solve both sides once, from all ratings of this rank; returns their squared error over ``global_rows``."""
         users, items = self._pair
-        local, item_rows = users.local_int32(user.numpy()), item.numpy()
-        unique = np.flatnonzero(np.bincount(item_rows, minlength=items.layout.num_rows))
-        place = np.zeros(items.layout.num_rows, np.int32)
-        place[unique] = np.arange(len(unique))
-        of_user = Ratings.by(local, place[item_rows], len(users.rows.last))
-        of_item = Ratings.by(place[item_rows], local, len(unique))
-        asked = items.exchange(torch.from_numpy(unique))
-        mine, trained = asked.mine, torch.from_numpy(np.flatnonzero(of_user.counts))
-        counts = asked.give_back(torch.from_numpy(of_item.counts.astype(np.float32))[:, None])[:, 0].numpy()
+        local = users.local(user)
+        touched = torch.bincount(item, minlength=items.layout.num_rows) > 0
+        unique = touched.nonzero()[:, 0]
+        place = torch.cumsum(touched, 0)[item] - 1
+        of_user = self._solver.group(local, place, len(users.rows.last))
+        of_item = self._solver.group(place, local, len(unique))
+        asked = items.exchange(unique)
+        mine, trained = asked.mine, self._solver.counts(of_user).nonzero()[:, 0]
+        counts = asked.give_back(self._solver.counts(of_item).float()[:, None])[:, 0]
         weights = self._weights(len(trained), len(mine), global_rows)
         _keep(items, mine, 0.0)
         squares = self._solve_users(of_user, asked, weights)
         self._solve_items(of_item, trained, asked, counts, weights)
         _keep(users, trained, self._mean(users, trained, weights.users))
-        for table, touched in ((users, trained), (items, mine)):
+        for table, rows in ((users, trained), (items, mine)):
             vars(table)["step"] = table.step + 1
             table.rows.last.fill_(-table.step)
-            table.rows.last[touched] = table.step
-        self.squared_error = torch.tensor(squares, dtype=torch.float64)
-        return torch.tensor(squares / global_rows)
+            table.rows.last[rows] = table.step
+        self.squared_error.fill_(squares)
+        return (self.squared_error / global_rows).float()
 
     def settle(self) -> None:
         """Nothing: no row waits for anything."""
 
     def close(self) -> None:
         """End the threads."""
-        self._workers.close()
+        self._solver.close()
 
     def _weights(self, users: int, items: int, ratings: int) -> Weights:
         all_users, all_items = self._world.sum([float(users), float(items)])
         return Weights.of(self._unobserved, self._penalty, float(all_users), float(all_items), ratings)
 
-    def _solve_users(self, ratings: Ratings, asked: Exchange, weights: Weights) -> float:
+    def _solve_users(self, ratings: Any, asked: Exchange, weights: Weights) -> float:
         """Returns the squared error of this rank's ratings before."""
         users, items = self._pair
-        others = asked.fetch(items.rows.weight[asked.mine], exact=True).numpy()
-        pulls = weights.pulls(ratings.counts, weights.items)
-        return self._solve(ratings, others, users.packed.numpy(), self._gram(items, asked.mine, weights), pulls)
+        others = asked.fetch(items.rows.weight[asked.mine], exact=True)
+        pulls = weights.pulls(self._solver.counts(ratings), weights.items)
+        gram = self._gram(items, asked.mine, weights)
+        return self._solver.solve(ratings, others, users.rows.weight, gram, pulls, STEPS)
 
     def _solve_items(
-        self, ratings: Ratings, trained: torch.Tensor, asked: Exchange, counts: Floats32, weights: Weights
+        self, ratings: Any, trained: torch.Tensor, asked: Exchange, counts: torch.Tensor, weights: Weights
     ) -> None:
         users, items = self._pair
         gram, pulls = self._gram(users, trained, weights), weights.pulls(counts, weights.users)
         rows = items.rows.weight[asked.mine]
         if self._world.size == 1:
-            self._solve(ratings, users.packed.numpy(), rows.numpy(), gram, pulls)
+            self._solver.solve(ratings, users.rows.weight, rows, gram, pulls, STEPS)
         else:
             self._solve_with_others(ratings, rows, asked, gram, pulls)
         items.rows.weight[asked.mine] = rows
 
-    def _solve(self, ratings: Ratings, others: Floats32, rows: Floats32, gram: Floats32, pulls: Floats32) -> float:
-        squares: dict[int, float] = {}
-
-        def solve(low: int, high: int) -> None:
-            squares[low] = alternating.solve(low, high, *ratings, others, rows, gram, pulls, STEPS)
-
-        self._workers.ranges(len(pulls), solve)
-        return sum(squares[low] for low in sorted(squares))
-
     def _solve_with_others(
-        self, ratings: Ratings, rows: torch.Tensor, asked: Exchange, gram: Floats32, pulls: Floats32
+        self, ratings: Any, x: torch.Tensor, asked: Exchange, gram: torch.Tensor, pulls: torch.Tensor
     ) -> None:
-        """Items' ``rows``, whose ratings lie on all ranks; collective."""
-        others = self._pair[0].packed.numpy()
+        """Items' rows ``x``, whose ratings lie on all ranks; collective."""
+        others = self._pair[0].rows.weight
 
-        def observed(rows: torch.Tensor, wanted: float, sign: float) -> Floats32:
-            asking = asked.fetch(rows, exact=True).numpy()
-            sums = np.empty_like(asking)
-            numbers = np.float32(wanted), np.float32(sign)
-            self._workers.ranges(
-                len(sums), lambda low, high: alternating.observe(low, high, *ratings, others, asking, *numbers, sums)
-            )
-            total: Floats32 = asked.give_back(torch.from_numpy(sums)).numpy()
-            return total
+        def observed(rows: torch.Tensor, wanted: float, sign: float) -> torch.Tensor:
+            asking = asked.fetch(rows, exact=True)
+            return asked.give_back(self._solver.observe(ratings, others, asking, wanted, sign))
 
-        x, rest = rows.numpy(), observed(rows, 1.0, 1.0)
-        self._workers.ranges(len(x), lambda low, high: alternating.begin(low, high, x, gram, pulls, rest))
-        ahead = rest.copy()
+        rest = observed(x, 1.0, 1.0)
+        self._solver.begin(x, gram, pulls, rest)
+        ahead = rest.clone()
         for _ in range(STEPS):
-            image = observed(torch.from_numpy(ahead), 0.0, -1.0)
+            self._solver.advance(x, gram, pulls, rest, ahead, observed(ahead, 0.0, -1.0))
 
-            def advance(low: int, high: int, image: Floats32 = image) -> None:
-                alternating.advance(low, high, x, gram, pulls, rest, ahead, image)
-
-            self._workers.ranges(len(x), advance)
-
-    def _gram(self, table: ShardedTable, rows: torch.Tensor, weights: Weights) -> Floats32:
+    def _gram(self, table: ShardedTable, rows: torch.Tensor, weights: Weights) -> torch.Tensor:
         """w G of a side, from the ``rows`` that have ratings."""
         total = np.zeros((self._dim, self._dim))
         for part in _parts(table, rows):
-            total += part.T @ part
-        gram: Floats32 = (weights.pairs * np.sum(self._world.gather(total), axis=0)).astype(np.float32)
-        return gram
+            total += self._solver.gram(part)
+        whole = weights.pairs * np.sum(self._world.gather(total), axis=0)
+        return torch.from_numpy(whole).float().to(table.world.device)
 
     def _mean(self, table: ShardedTable, rows: torch.Tensor, count: float) -> torch.Tensor:
         total = np.zeros(self._dim)
         for part in _parts(table, rows):
-            total += part.sum(axis=0)
-        return torch.from_numpy(np.sum(self._world.gather(total), axis=0) / count).float()
+            total += part.sum(dim=0).cpu().numpy()
+        return torch.from_numpy(np.sum(self._world.gather(total), axis=0) / count).float().to(table.world.device)
 
 
-def _parts(table: ShardedTable, rows: torch.Tensor) -> Iterator[npt.NDArray[np.float64]]:
+def solver_on(device: torch.device, threads: int) -> Solver:
+    """Of a device; UsageError where there is none for it."""
+    if device.type == "cpu":
+        return CpuSolver(threads)
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError("--objective ranking on a GPU needs Triton (pip install triton); --device cpu does without.")
+    from mfdist.model.alternating_gpu import GpuSolver
+
+    return GpuSolver()
+
+
+def _parts(table: ShardedTable, rows: torch.Tensor) -> Iterator[torch.Tensor]:
     """Weights of local ``rows`` in float64, some at a time."""
     for first in range(0, len(rows), GRAM_ROWS):
-        yield table.rows.weight[rows[first : first + GRAM_ROWS]].double().numpy()
+        yield table.rows.weight[rows[first : first + GRAM_ROWS]].double()
 
 
 def _keep(table: ShardedTable, rows: torch.Tensor, otherwise: float | torch.Tensor) -> None:
     """Set all local rows but ``rows``."""
-    others = torch.ones(len(table.rows.last), dtype=torch.bool)
+    others = torch.ones(len(table.rows.last), dtype=torch.bool, device=table.world.device)
     others[rows] = False
     table.rows.weight[others] = otherwise

@@ -17,7 +17,7 @@ from mfdist.errors import UsageError
 FIXED: dict[str, Any] = {
     "model": "mf", "optimizer": "als", "lr": 1.0, "lr_schedule": "constant", "weight_decay": 0.0, "l2": (0.0,) * 6,
     "row_l2": (0.0,) * 6, "reduction": "sum", "members": 0, "offset": "learned", "rating_units": "given",
-    "implicit": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "device": "cpu", "sharding": "row", "wire_dtype": "fp32",
+    "implicit": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "sharding": "row", "wire_dtype": "fp32",
     "init_from": None, "stop_fraction": 0.0, "patience": None, "cold": "own", "no_sigmoid": False, "no_bias": False,
     "no_init": False, "sigmoid_range": None,
 }  # fmt: skip
@@ -25,7 +25,6 @@ OWN = {"unobserved_weight": 20.0, "ranking_penalty": 0.035}
 """Flags of a ranking alone, and their defaults."""
 EMB_DIM, INIT_STD = 64, 0.1
 REASONS = {
-    "device": "it is solved on processors: give --device cpu",
     "sharding": "its tables are cut by rows",
     "stop_fraction": "stop rows measure errors of ratings; give --epochs",
     "init_from": "it begins from small random rows",
