@@ -64,7 +64,9 @@ def test_the_dataset_is_that_of_one_machine(spark: Any, tmp_path: Path, monkeypa
     assert code == 0 and "rows in 540" in said
 
 
-@pytest.mark.parametrize("flags", ["--engine spark --compact d", "--spark-master local[2] a.csv --out d"])
+@pytest.mark.parametrize(
+    "flags", ["--engine spark --compact d", "--spark-master local[2] a.csv --out d", "--source-format orc a --out d"]
+)
 def test_flags_that_are_of_no_use(flags: str) -> None:
     with pytest.raises(UsageError, match=r"one machine|--engine spark"):
         parse_config(PrepareConfig, flags.split(), "test")
@@ -108,7 +110,7 @@ def test_a_dry_run_says_what_the_work_takes(
     assert main([str(path), "--dry-run", "--engine", "spark"]) == 0
     said = capsys.readouterr().out
     assert re.search(
-        r"on Spark: [45] tasks read, (8|16) sort; for about [12],\d{3} rows a task takes 0\.5 GiB", said
+        r"on Spark: about [12],\d{3} rows, [45] tasks read, (8|16) sort; 1 executor of 4 cores .* 2\.0 GiB", said
     ), said
     assert not list(tmp_path.glob("d*"))
 

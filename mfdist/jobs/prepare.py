@@ -7,6 +7,7 @@ python jobs/prepare.py 'ratings/date=2020-*' --columns user,item,stars,date --ou
 python jobs/prepare.py ratings.csv --dry-run                      # how its columns are read; nothing is written
 python jobs/prepare.py --verify data/electronics
 python jobs/prepare.py 'raw/*.csv' --out /shared/all --engine spark  # the same files, by Spark (Java 17, mfdist[spark])
+python jobs/prepare.py s3a://lake/ratings --source-format delta --engine spark --out s3://bucket/data/ratings
 
 What a file is, is told by its content, not by its name; what it was taken for is said. Read are
 * text: CSV, TSV, fields separated by ; | :: or blanks (LIBMF; KONECT with its % comments), with a header or without;
@@ -29,9 +30,8 @@ _SUCCESS and empty parts are left out, and said. One file under two names is rea
 name packed and unpacked, and tables with a log of their own (Delta, Iceberg, Hudi) are refused. Rows of --val that are
 trained on too are counted.
 
-Times are seconds, milliseconds, microseconds or nanoseconds since 1970, told apart by their size for each file, days
-as YYYYMMDD, years from 1900 to 2100, ISO 8601 (UTC where it names no zone), or dates and timestamps of Parquet. Stored
-are whole seconds.
+Times, stored in whole seconds, are seconds, milliseconds, microseconds or nanoseconds since 1970, told apart by their
+size for each file, YYYYMMDD, years from 1900 to 2100, ISO 8601 (UTC where it names no zone), dates of Parquet.
 """
 
 from __future__ import annotations
@@ -61,11 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _on_spark(config: PrepareConfig) -> int:
     from mfdist.prepare_spark.engine import SparkEngine, expectation
 
-    engine, console = SparkEngine(config.spark_master), Console()
-    if config.dry_run:
-        console.info(expectation(*look(config, console)))
-    else:
-        prepare(config, console, engine)
+    console = Console()
+    with SparkEngine(config.spark_master) as engine:
+        if not config.dry_run:
+            prepare(config, console, engine)
+            return 0
+        sources, layouts = look(config, console, engine)
+        if config.source_format is None:
+            console.info(expectation(sources, layouts))
     return 0
 
 

@@ -124,10 +124,10 @@ def _constants(source: Source, chosen: Sequence[str], names: Sequence[str]) -> t
     return tuple((role, values[name]) for role, name in enumerate(chosen) if name in values and name not in names)
 
 
-def frame_layout(table: pa.Table, columns: tuple[str, ...] | None) -> Layout:
+def frame_layout(table: pa.Table, columns: tuple[str, ...] | None, shown: str = "the data frame") -> Layout:
     """The layout of a data frame, as a table."""
     head = table.slice(0, SAMPLE_LINES)
-    chosen, notes = _by_name(table.column_names, columns, "the data frame", lambda name: _times(head, name))
+    chosen, notes = _by_name(table.column_names, columns, shown, lambda name: _times(head, name))
     return Layout("parquet", "data frame", chosen, notes=notes)
 
 

@@ -137,6 +137,14 @@ class PrepareConfig:
         metavar="URL",
         example="spark://head:7077",
     )
+    source_format: str | None = flag(
+        None,
+        "the sources are tables that Spark reads in this format (delta, iceberg, orc, ...), or, for table, by their "
+        "names in its catalog",
+        group="engine",
+        metavar="FORMAT",
+        example="delta",
+    )
     overwrite: bool = flag(False, "replace another dataset in --out", group="an existing dataset", basic=True)
     append: bool = flag(
         False,
@@ -172,6 +180,8 @@ class PrepareConfig:
             raise UsageError("no source: name one or more files of ratings.")
         if self.spark_master and self.engine != "spark":
             raise UsageError("--spark-master is of --engine spark: give both, or leave it out.")
+        if self.source_format and self.engine != "spark":
+            raise UsageError("--source-format is of --engine spark: give both, or leave it out.")
         if self.engine == "spark" and (self.compact or self.verify):
             raise UsageError("--compact and --verify are work of one machine: leave out --engine spark.")
         if self.memory < 256 << 20:

@@ -46,6 +46,9 @@ class Engine(Protocol):
     Both raise HashCollision where two different ids have one hash under ``salt``. ``scratch``: an empty local folder.
     """
 
+    def sources(self, config: PrepareConfig, console: Console) -> list[Source]:
+        """The files that ``config`` names, those of ``--val`` last."""
+
     def dataset(self, config: PrepareConfig, sources: Sequence[Source | FrameSource], layouts: list[Layout], salt: int,
                 request: dict[str, Any], scratch: str, console: Console) -> Dataset:  # fmt: skip
         """The dataset in ``config.target``; ``request`` goes into its manifest."""
@@ -57,6 +60,9 @@ class Engine(Protocol):
 
 class OneMachine:
     """The engine of one process, its threads and its disk."""
+
+    def sources(self, config: PrepareConfig, console: Console) -> list[Source]:
+        return named_sources(config, console)
 
     def dataset(self, config: PrepareConfig, sources: Sequence[Source | FrameSource], layouts: list[Layout], salt: int,
                 request: dict[str, Any], scratch: str, console: Console) -> Dataset:  # fmt: skip
@@ -86,28 +92,35 @@ def prepare(config: PrepareConfig, console: Console | None = None, engine: Engin
 
         return compact(config.target, config.memory, console)
     assert not config.dry_run, "a dry run is look()"
-    sources, layouts = look(config, console)
+    sources, layouts = look(config, console, engine)
     if config.append:
         return _appended(config, sources, layouts, engine, console)
     request = {"settings": _settings(config), "files": [[s.shown, s.bytes, s.val] for s in sources]}
-    finished = _already(config, request, console)
+    finished = _already(config, request, sources, console)
     return finished or _prepared(config, sources, layouts, request, engine, console)
 
 
-def look(config: PrepareConfig, console: Console) -> tuple[list[Source | FrameSource], list[Layout]]:
+def look(
+    config: PrepareConfig, console: Console, engine: Engine | None = None
+) -> tuple[list[Source | FrameSource], list[Layout]]:
     """The sources of ``config`` and what their columns are, shown with the first records; nothing is written.
 
     With ``--dry-run`` a DataError where no row of a source's beginning can be read.
     """
-    files = find_sources(config.sources, say=console.info)
-    vals = find_sources(config.val, val=True, say=console.info) if config.val else []
-    refuse_common(files, vals)
-    sources = [*files, *vals]
+    sources = (engine or OneMachine()).sources(config, console)
     layouts = [recognise(source, config.columns) for source in sources]
     show(sources, layouts, config.rating_scale, console, strict=config.dry_run)
     if config.dry_run:
         console.info("--dry-run: nothing was written")
     return list(sources), layouts
+
+
+def named_sources(config: PrepareConfig, console: Console) -> list[Source]:
+    """The files of ``config``, those of ``--val`` last; UsageError where one is both."""
+    files = find_sources(config.sources, say=console.info)
+    vals = find_sources(config.val, val=True, say=console.info) if config.val else []
+    refuse_common(files, vals)
+    return [*files, *vals]
 
 
 def prepare_frame(frame: Any, out: str, **settings: Any) -> Dataset:
@@ -163,7 +176,7 @@ def _appended(config: PrepareConfig, sources: Sequence[Source | FrameSource], la
     dataset = open_finished(config.target)
     check_append(config, dataset.manifest)
     known = {source["fingerprint"]: source["path"] for source in dataset.manifest.sources}
-    held = [known.get(fingerprint) for fingerprint in _fingerprints(config, console)]
+    held = [known.get(fingerprint) for fingerprint in _fingerprints(sources, console)]
     if all(held):
         console.info(f"{storage.redact(config.target)} holds these files already")
         return dataset
@@ -190,12 +203,14 @@ def _appended(config: PrepareConfig, sources: Sequence[Source | FrameSource], la
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
     left_out = ("sources", "out", "val", "memory", "overwrite", "append", "compact", "verify", "dry_run", "engine",
-                "spark_master")  # fmt: skip
+                "spark_master", "source_format")  # fmt: skip
     plain = {k: v for k, v in asdict(config).items() if k not in left_out}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
 
-def _already(config: PrepareConfig, request: dict[str, Any], console: Console) -> Dataset | None:
+def _already(
+    config: PrepareConfig, request: dict[str, Any], sources: Sequence[Source | FrameSource], console: Console
+) -> Dataset | None:
     """The dataset in ``--out`` where it is the one asked for; UsageError where it is another."""
     if not storage.exists(storage.join(config.target, MANIFEST)):
         return None
@@ -203,7 +218,7 @@ def _already(config: PrepareConfig, request: dict[str, Any], console: Console) -
         return None
     dataset = Dataset.open(config.target)
     prints = [source["fingerprint"] for source in dataset.manifest.sources]
-    if dataset.manifest.extra.get("request") != request or prints != _fingerprints(config, console):
+    if dataset.manifest.extra.get("request") != request or prints != _fingerprints(sources, console):
         raise UsageError(
             f"{storage.redact(config.target)} holds a dataset of other files or settings; choose another --out, or "
             "replace it with --overwrite."
@@ -213,12 +228,11 @@ def _already(config: PrepareConfig, request: dict[str, Any], console: Console) -
     return dataset
 
 
-def _fingerprints(config: PrepareConfig, console: Console) -> list[str]:
+def _fingerprints(sources: Sequence[Source | FrameSource], console: Console) -> list[str]:
     from mfdist.prepare.sources import file_fingerprint
 
-    vals = find_sources(config.val, val=True) if config.val else []
     with console.busy("comparing the files with those of the dataset"):
-        return [file_fingerprint(s) for s in [*find_sources(config.sources), *vals]]
+        return [file_fingerprint(source) for source in sources if isinstance(source, Source)]
 
 
 OWN_NAMES = {MANIFEST, "train", "val", "report", "users.parquet", "items.parquet", "rejected.parquet", ".scratch"}

@@ -10,6 +10,7 @@ What crosses a border is a *message* (``messages``): (target partition, kind, pl
 megabytes of columns in Arrow's form. So Spark handles a few large values, never a rating. P is a power of two; part p
 of the users are those whose hash begins with the bits of p; the items have Q such parts.
 
+    copy     only for tables that Spark alone can read: their columns to Parquet files (``lake_tables``)
     cut      a task for each large file: its fingerprint, where its pieces begin, the unit of its times   -> driver
     read     pieces -> blocks of checked rows (``read_pass.keep``)
              -> rows and user ids to part p, item ids to P + q, refused rows and counts to the last partition

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from mfdist.log import Console
 from mfdist.prepare.config import PrepareConfig
 from mfdist.prepare.count_pass import ROW_COST, Plan
 from mfdist.prepare.layout import Layout
-from mfdist.prepare.prepare import rules_of
+from mfdist.prepare.prepare import named_sources, rules_of
 from mfdist.prepare.read_pass import REJECTED_SCHEMA, Found, FrameSource, Ingest
 from mfdist.prepare.sources import Source
 from mfdist.prepare.spill import Ids, IdSpill, RowSpill
@@ -28,6 +29,7 @@ from mfdist.prepare.write_pass import ItemCounts, Totals, finish_dataset, make_m
 from mfdist.prepare_spark import pieces
 from mfdist.prepare_spark.count_stage import Core
 from mfdist.prepare_spark.driver import PART_BYTES, Gathered, gather, make_plan, moved
+from mfdist.prepare_spark.lake_tables import copied
 from mfdist.prepare_spark.messages import COLUMNS, ITEMS, REJECTS, ROWS, USERS, ids_in, unpacked
 from mfdist.prepare_spark.read_stage import Parts
 from mfdist.prepare_spark.session import check_installed, collected, facts_in, session, streamed
@@ -45,6 +47,8 @@ TEXT_ROW_BYTES = 25
 """A row of text, about: ids of ten characters, a rating, a time."""
 DISK_ROW_BYTES = 110
 LEAST_TASK_BYTES = 512 << 20
+CORES, ROUNDS = 4, 8
+"""Of an executor, and tasks that each core does one after the other in a stage: what ``expectation`` reckons with."""
 
 
 class SparkEngine:
@@ -53,6 +57,20 @@ class SparkEngine:
     def __init__(self, master: str | None) -> None:
         check_installed()
         self._master = master
+        self._held = ExitStack()
+
+    def __enter__(self) -> SparkEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the copies of tables."""
+        self._held.close()
+
+    def sources(self, config: PrepareConfig, console: Console) -> list[Source]:
+        if config.source_format is None:
+            return named_sources(config, console)
+        spark = self._held.enter_context(session(self._master))  # it is started once
+        return self._held.enter_context(copied(spark, config, console))
 
     def dataset(self, config: PrepareConfig, sources: Sequence[Source | FrameSource], layouts: list[Layout], salt: int,
                 request: dict[str, Any], scratch: str, console: Console) -> Dataset:  # fmt: skip
@@ -80,7 +98,7 @@ class SparkEngine:
 
 
 def expectation(sources: Sequence[Source | FrameSource], layouts: Sequence[Layout]) -> str:
-    """What the sources will take on a cluster, as a sentence: tasks, memory of one, disk of all."""
+    """What the sources will take on a cluster, as a sentence: tasks, executors, memory and disk of each."""
     given = files(sources)
     reading = sum(-(-source.bytes // pieces.TASK_BYTES) for source, layout in zip(given, layouts, strict=True)
                   if pieces.is_large(source, layout))  # fmt: skip
@@ -90,9 +108,12 @@ def expectation(sources: Sequence[Source | FrameSource], layouts: Sequence[Layou
     parts = Parts.for_bytes(size, PART_BYTES)
     rows = size // TEXT_ROW_BYTES
     part_bytes = rows // parts.users * ROW_COST
-    memory, disk = max(part_bytes, LEAST_TASK_BYTES) / 2**30, rows * DISK_ROW_BYTES / 2**30
-    return (f"on Spark: {reading:,} tasks read, {parts.users:,} sort; for about {rows:,} rows a task takes "
-            f"{memory:.1f} GiB of memory beside Spark's own, and all executors {disk:.1f} GiB of disk")  # fmt: skip
+    executors = -(-max(reading, parts.users) // (CORES * ROUNDS))
+    memory = min(CORES, max(reading, parts.users)) * max(part_bytes, LEAST_TASK_BYTES) / 2**30
+    disk = rows * DISK_ROW_BYTES / executors / 2**30
+    return (f"on Spark: about {rows:,} rows, {reading:,} tasks read, {parts.users:,} sort; {executors:,} "
+            f"executor{'s' * (executors > 1)} of {CORES} cores would do either in at most {ROUNDS} rounds, each with "
+            f"{memory:.1f} GiB of memory beside Spark's own and {disk:.1f} GiB of disk")  # fmt: skip
 
 
 def files(sources: Sequence[Source | FrameSource]) -> list[Source]:

@@ -64,7 +64,7 @@ def session(master: str | None) -> Iterator[Any]:
         builder = builder.config(name, value)
     if "PYTHONPATH" in os.environ:
         builder = builder.config("spark.executorEnv.PYTHONPATH", os.environ["PYTHONPATH"])
-    with _explained(), warnings.catch_warnings():
+    with explained(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas")  # nothing here is of pandas
         spark = builder.getOrCreate()
         try:
@@ -75,7 +75,8 @@ def session(master: str | None) -> Iterator[Any]:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
+    """A failure of Spark's in the block becomes a MfdistError."""
     from py4j.protocol import Py4JError, Py4JNetworkError
     from pyspark.errors import PySparkException
 

@@ -1,0 +1,106 @@
+"""Tables that Spark reads for prepare: the dataset is that of their rows as one Parquet file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from prepare_files import sample
+from spark_runs import content, ended, skip_where_missing
+
+from mfdist.prepare_spark.engine import SparkEngine
+from mfdist.prepare_spark.session import session
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")]
+
+
+@pytest.fixture(scope="module")
+def spark() -> Iterator[Any]:
+    skip_where_missing()
+    with session("local[2]") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def source(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ratings.parquet, and the same rows in orc/ in three parts: text that nobody wants, and rows that are refused."""
+    folder = tmp_path_factory.mktemp("tables")
+    rows = sample(2000, users=100)
+    columns = {
+        "review": ["text"] * len(rows), "user id": [row[0] for row in rows], "item_id": [row[1] for row in rows],
+        "stars": [None if k % 400 == 7 else float(row[2]) for k, row in enumerate(rows)],
+        "when": pa.array([int(row[3]) * 1_000_000 for row in rows], pa.timestamp("us", "UTC")),
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), folder / "ratings.parquet")
+    spark.read.parquet(str(folder / "ratings.parquet")).repartition(3).write.orc(str(folder / "orc"))
+    return folder
+
+
+FLAGS = ["--columns", "user id,item_id,stars,when", "--lanes", "3", "--split", "time"]
+
+
+def prepared(argv: list[str], out: Path) -> str:
+    with SparkEngine(None) as engine:
+        code, said = ended([*argv, "--out", str(out), *FLAGS], engine)
+    assert code == 0, said
+    assert [path.name for path in out.parent.iterdir()] == [out.name]  # no copy is left
+    return said
+
+
+@pytest.mark.parametrize("kind", ["orc", "table"])
+def test_the_dataset_is_that_of_the_same_rows_in_a_file(spark: Any, source: Path, tmp_path: Path, kind: str) -> None:
+    name = str(source / "orc")
+    if kind == "table":
+        spark.read.orc(name).createOrReplaceTempView("ratings_of_users")
+        name = "ratings_of_users"
+    code, said = ended([str(source / "ratings.parquet"), "--out", str(tmp_path / "one/d"), *FLAGS])
+    assert code == 0 and "rejected: rating is not a number: 5" in said
+    said = prepared([name, "--engine", "spark", "--source-format", kind], tmp_path / "spark/d")
+    assert "rejected: rating is not a number: 5" in said
+    one, other = content(tmp_path / "one"), content(tmp_path / "spark")
+    apart = {path for path in one if one[path] != other[path]}
+    assert one.keys() == other.keys() and apart <= {"d/dataset.json", "d/rejected.parquet", "d/report/index.html"}
+    manifests = [json.loads((tmp_path / place / "d/dataset.json").read_text()) for place in ("one", "spark")]
+    for key in ("num_ratings", "num_users", "num_items", "mean", "histogram", "lanes", "rejected"):
+        assert manifests[0].get(key) == manifests[1].get(key), key
+    sources = manifests[1]["sources"]
+    assert sum(entry["rows"] for entry in sources) == 2000 and {entry["path"] for entry in sources} <= {
+        name,
+        *(f"{name} part {number}" for number in (1, 2, 3)),
+    }
+    again = prepared([name, "--engine", "spark", "--source-format", kind], tmp_path / "spark/d")
+    assert "is prepared already, from these files with these settings" in again
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "code", "sentence"),
+    [
+        ("nosuch", "orc", 2, "Spark has no reader of this name"),
+        ("orc", "absent", 3, "Spark finds no such table"),
+        ("table", "absent", 3, "Spark finds no such table"),
+    ],
+)
+def test_what_cannot_be_read_is_a_sentence(
+    spark: Any, source: Path, tmp_path: Path, kind: str, name: str, code: int, sentence: str
+) -> None:
+    path = name if kind == "table" else str(source / name)
+    with SparkEngine(None) as engine:
+        argv = [path, "--out", str(tmp_path / "d"), "--engine", "spark", "--source-format", kind]
+        found, said = ended(argv, engine)
+    assert found == code and sentence in said and not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_shows_the_first_records_and_copies_nothing(
+    spark: Any, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mfdist.jobs.prepare import main
+
+    argv = [str(source / "orc"), "--dry-run", "--engine", "spark", "--source-format", "orc", *FLAGS]
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert "user 'u" in said and "nothing was written" in said
