@@ -79,7 +79,7 @@ def ways_of(ranks):
 
 
 @pytest.mark.timeout(900)  # the first one compiles
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_way_gives_the_same_bits(data, tmp_path, ranks):
     names = run_ranks(ranks, train_each_way, data, str(tmp_path), timeout=800.0)[0]
     assert names == {way: WAYS[way][0].format(ranks=ranks) for way in ways_of(ranks)}
