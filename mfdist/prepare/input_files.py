@@ -157,8 +157,8 @@ def _refuse_tables(path: str, looked_at: set[str]) -> None:
 def _table_error(folder: str, kind: str) -> DataError:
     return DataError(
         f"{storage.redact(folder)} is {kind}: its own log says which of its files count, and the others hold removed "
-        "or repeated rows. Read it with its library (such as polars.read_delta or polars.scan_iceberg) and write it as "
-        "Parquet, or give the frame to mfdist.prepare_frame."
+        "or repeated rows. Let Spark read it (--engine spark --source-format delta, iceberg or hudi), write it as "
+        "Parquet with its library (such as polars.read_delta), or give the frame to mfdist.prepare_frame."
     )
 
 
