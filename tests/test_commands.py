@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow.orc as orc
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -23,8 +24,9 @@ SMALLER = {
     " /shared/": " shared/",
     "--rows 5000000": "--rows 50000",
     "--preset electronics": "--rows 20000",
+    "--source-format delta": "--source-format orc",
 }
-"""What stands in the place of an object store and of millions of rows."""
+"""What stands in the place of an object store, of millions of rows, and of a package of Spark's."""
 MAY_FAIL = {"--require-better": 5}
 """Flags whose commands may end with another exit code than 0, as they say."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -54,6 +56,8 @@ def write_files(folder: Path) -> None:
     for month, part in (("01-31", rows[:2000]), ("02-29", rows[2000:4000])):
         (folder / f"ratings/date=2020-{month}").mkdir(parents=True)
         part.select("user", "item", stars="rating").write_csv(folder / f"ratings/date=2020-{month}/part-0.csv")
+    (folder / "lake/ratings").mkdir(parents=True)
+    orc.write_table(rows[:3000].to_arrow(), folder / "lake/ratings/part-0.orc")
     (folder / "raw").mkdir()
     rows[:3000].write_csv(folder / "raw/one.csv", include_header=False)
     (folder / "reviews").mkdir()

@@ -7,7 +7,7 @@ python jobs/prepare.py 'ratings/date=2020-*' --columns user,item,stars,date --ou
 python jobs/prepare.py ratings.csv --dry-run                      # how its columns are read; nothing is written
 python jobs/prepare.py --verify data/electronics
 python jobs/prepare.py 'raw/*.csv' --out /shared/all --engine spark  # the same files, by Spark (Java 17, mfdist[spark])
-python jobs/prepare.py s3a://lake/ratings --source-format delta --engine spark --out s3://bucket/data/ratings
+python jobs/prepare.py lake/ratings --source-format delta --out data/lake --engine spark   # a table of a lake
 
 What a file is, is told by its content, not by its name; what it was taken for is said. Read are
 * text: CSV, TSV, fields separated by ; | :: or blanks (LIBMF; KONECT with its % comments), with a header or without;
