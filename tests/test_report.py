@@ -16,6 +16,7 @@ from mfdist.config import read_toml, to_dict
 from mfdist.metrics import SliceSums
 from mfdist.results import report as reporting
 from mfdist.results.error_sums import ErrorSums
+from mfdist.results.run_page import run_page
 from mfdist.training.config import TrainConfig
 
 HEADLINE = {"val_rmse": 1.3, "val_mae": 1.0, "val_rmse_rounded": 1.35, "val_mae_rounded": 0.95,
@@ -103,6 +104,23 @@ def test_a_run_without_epochs_still_has_a_page(tmp_path, dataset):
     floors = {"global_mean": {"rmse": None, "mae": None}}
     reporting.write_report(str(tmp_path / "run"), a_report(dataset, epochs=[], floors=floors))
     assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
+
+
+def heads_of(page):
+    """Of the table of epochs; none where the page has none."""
+    table = page.partition("<h2>Epochs</h2>")[2].partition("</thead>")[0]
+    return [re.sub("<.*?>", "", head) for head in re.findall(r"<th.*?</th>", table)]
+
+
+def test_the_table_of_epochs_has_no_empty_column(dataset):
+    def page(**changes):
+        epochs = [an_epoch(number) | changes for number in (1, 2)]
+        return run_page(a_report(dataset, epochs=epochs))
+
+    whole = ["epoch", "train RMSE", "val RMSE, clipped", "val MAE, clipped", "time", "M ratings/s"]
+    assert heads_of(page()) == whole
+    assert heads_of(page(val_rmse=None, val_mae=None)) == ["epoch", "train RMSE", "time", "M ratings/s"]
+    assert heads_of(page(train_rmse=None, val_rmse=None, val_mae=None)) == []
 
 
 def test_the_model_card_gets_the_figures(tmp_path, dataset):

@@ -27,14 +27,15 @@ Figure = tuple[str, Markup, str]
 def run_page(report: Record, validation: Record | None = None, records: Sequence[Record] = (), run: str = "RUN") -> str:
     """``validation``: ``ErrorSums.figures()`` of the epoch that counts; ``records``: those of metrics.jsonl."""
     data, ranks = report["dataset"], report["config"].get("objective") == "ranking"
+    head, epochs = _epochs(report, records)
     figures = [ranking_by_epoch(report) if ranks else error_by_epoch(report), *time_figures(records)]
     return render(
         "run.html", title=f"{report['model']} on {data['name']}", report=report, data=data, final=report["final"],
         best=report["final"] if ranks else report["best_on_val"], figures=figures, beside=_beside(report),
-        cards_=_ranking_cards(report) if ranks else _cards(report, validation), epochs_head=_epochs_head(ranks),
+        cards_=_ranking_cards(report) if ranks else _cards(report, validation), epochs_head=head,
         slices=[] if ranks else _slices(report),
         errors=error_figures(validation) if validation else [], levels=level_shares(validation),
-        **_ranking(report), epochs=_epochs(report, records),
+        **_ranking(report), epochs=epochs,
         events=_events(records), warnings=[r["text"] for r in records if r["kind"] == "warning"],
         config=[(key.replace("_", "-"), "not set" if v is None else str(v)) for key, v in report["config"].items()],
         command=_command(report, run), footer=f"mfdist {report['versions'].get('mfdist', '')}, {day(time.time())}",
@@ -206,11 +207,6 @@ def _ranking_cards(report: Record) -> list[tuple[Any, str]]:
             (ranking["popularity"][headline], "the same of the most popular items"), *others]  # fmt: skip
 
 
-def _epochs_head(ranks: bool) -> list[str]:
-    names = ("train error", "NDCG@10") if ranks else ("train RMSE", "val RMSE, clipped", "val MAE, clipped")
-    return ["epoch", *names, "time", "to validate", "M ratings/s"]
-
-
 def _slices(report: Record) -> list[tuple[Any, ...]]:
     return [(SLICES.get(name, name), s["rows"], s["rmse"], s["mae"]) for name, s in report["slices"].items()]
 
@@ -238,12 +234,19 @@ def _validated(epoch: Record, ranked: bool) -> list[float | None]:
     return [epoch.get("val_rmse_clipped", epoch["val_rmse"]), epoch.get("val_mae_clipped", epoch["val_mae"])]
 
 
-def _epochs(report: Record, records: Sequence[Record]) -> list[tuple[Any, ...]]:
+def _epochs(report: Record, records: Sequence[Record]) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Names and rows of the table of epochs: columns that have a value, and nothing where no epoch's error is known."""
     validated = {r["epoch"]: r.get("validation_seconds") for r in records if r["kind"] == "epoch"}
     ranked = bool(report["epochs"]) and "val_ndcg" in report["epochs"][0]
-    return [(e["epoch"], e["train_rmse"], *_validated(e, ranked), seconds_in_words(e["seconds"]),
-             seconds_in_words(validated.get(e["epoch"])), f"{e['ratings_per_second'] / 1e6:.3g}")
-            for e in report["epochs"]]  # fmt: skip
+    errors = ("train error", "NDCG@10") if ranked else ("train RMSE", "val RMSE, clipped", "val MAE, clipped")
+    rows = [(e["epoch"], e["train_rmse"], *_validated(e, ranked), seconds_in_words(e["seconds"]),
+             seconds_in_words(validated[e["epoch"]]) if validated.get(e["epoch"]) is not None else None,
+             f"{e['ratings_per_second'] / 1e6:.3g}") for e in report["epochs"]]  # fmt: skip
+    names = ["epoch", *errors, "time", "to validate", "M ratings/s"]
+    kept = [k for k in range(len(names)) if any(row[k] is not None for row in rows)]
+    if not set(kept) & set(range(1, 1 + len(errors))):
+        return [], []
+    return [names[k] for k in kept], [tuple(row[k] for k in kept) for row in rows]
 
 
 def _events(records: Sequence[Record]) -> list[tuple[str, str]]:
