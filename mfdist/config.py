@@ -109,16 +109,17 @@ def _parse(cls: type[C], argv: Sequence[str] | None, description: str, prog: str
     return cls(**values)
 
 
-def read_toml(cls: type[Any], path: str) -> dict[str, Any]:
-    """The values that a TOML file, or a ready configuration given by its name, sets for ``cls``, checked."""
+def read_toml(cls: type[Any], path: str, flag: str = "--config") -> dict[str, Any]:
+    """The values that a TOML file, or a ready configuration given by its name, sets for ``cls``, checked; ``flag`` is
+    the one that names it."""
     try:
         table = tomllib.loads(_text_of(path))
     except FileNotFoundError:
         raise UsageError(
-            f"--config {path}: there is no such file, and no ready configuration of this name ({', '.join(ready())})."
+            f"{flag} {path}: there is no such file, and no ready configuration of this name ({', '.join(ready())})."
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not valid TOML: {error}.") from None
+        raise UsageError(f"{flag} {path} is not valid TOML: {error}.") from None
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = {}
     for key, value in table.items():

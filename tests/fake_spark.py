@@ -75,6 +75,9 @@ class Frame:
     def collect(self) -> Rows:
         return [row for rows in self.partitions for row in rows]
 
+    def unpersist(self) -> None:
+        self.partitions = []  # who still needs them fails
+
     def toLocalIterator(self, prefetchPartitions: bool) -> Iterator[tuple[Any, ...]]:
         yield from self.collect()
 

@@ -92,6 +92,7 @@ def train_on_cpu(world, c):
     return train(c, world, Console(speaks=False))
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="scripts/check_gpu compares trainings on a GPU")
 def test_a_training_is_that_of_the_cpu_on_one_and_two_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(alternating, "solver_on", alternating.solver_on)  # put back afterwards
     data = str(tmp_path / "data")

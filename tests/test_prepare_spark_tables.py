@@ -13,6 +13,7 @@ import pytest
 from prepare_files import sample
 from spark_runs import content, ended, skip_where_missing
 
+from mfdist.prepare_spark import lake_tables
 from mfdist.prepare_spark.engine import SparkEngine
 from mfdist.prepare_spark.session import session
 
@@ -65,6 +66,9 @@ def test_the_dataset_is_that_of_the_same_rows_in_a_file(spark: Any, source: Path
     one, other = content(tmp_path / "one"), content(tmp_path / "spark")
     apart = {path for path in one if one[path] != other[path]}
     assert one.keys() == other.keys() and apart <= {"d/dataset.json", "d/rejected.parquet", "d/report/index.html"}
+    refused = [pq.read_table(tmp_path / place / "d/rejected.parquet") for place in ("one", "spark")]
+    assert sorted(refused[0]["text"].to_pylist()) == sorted(refused[1]["text"].to_pylist())
+    assert {text.partition(" part ")[0] for text in refused[1]["source"].to_pylist()} == {name}
     manifests = [json.loads((tmp_path / place / "d/dataset.json").read_text()) for place in ("one", "spark")]
     for key in ("num_ratings", "num_users", "num_items", "mean", "histogram", "lanes", "rejected"):
         assert manifests[0].get(key) == manifests[1].get(key), key
@@ -93,6 +97,42 @@ def test_what_cannot_be_read_is_a_sentence(
         argv = [path, "--out", str(tmp_path / "d"), "--engine", "spark", "--source-format", kind]
         found, said = ended(argv, engine)
     assert found == code and sentence in said and not list(tmp_path.iterdir())
+
+
+def test_columns_by_position_are_those_of_the_table(spark: Any, source: Path, tmp_path: Path) -> None:
+    table = pq.read_table(source / "ratings.parquet").select(["item_id", "stars", "review", "user id"])
+    pq.write_table(table, tmp_path / "turned.parquet")
+    spark.read.parquet(str(tmp_path / "turned.parquet")).write.orc(str(tmp_path / "orc"))
+    place = ["--columns", "3,0,1", "--lanes", "2"]
+    code, _ = ended([str(tmp_path / "turned.parquet"), "--out", str(tmp_path / "one/d"), *place])
+    with SparkEngine(None) as engine:
+        other, said = ended([str(tmp_path / "orc"), "--out", str(tmp_path / "spark/d"), *place, "--engine", "spark",
+                             "--source-format", "orc"], engine)  # fmt: skip
+    assert code == other == 0, said
+    one, two = content(tmp_path / "one"), content(tmp_path / "spark")
+    assert {path for path in one if one[path] != two[path]} <= {
+        "d/dataset.json",
+        "d/rejected.parquet",
+        "d/report/index.html",
+    }
+
+
+def test_a_copy_has_large_row_groups(spark: Any, tmp_path: Path) -> None:
+    frame = spark.range(0, 50_000, 1, 1).selectExpr("id as user", "id % 7 as item", "1.5 as rating")
+    (path,) = lake_tables.copy(spark, frame, ("user", "item", "rating"), str(tmp_path / "copy"), first_rows=False)
+    metadata = pq.read_metadata(path)
+    assert (metadata.num_rows, metadata.num_row_groups) == (50_000, 1)
+    assert spark.conf.get(lake_tables.BATCH_SETTING) == "16"
+
+
+def test_a_table_named_twice_counts_once_and_is_not_both(spark: Any, source: Path, tmp_path: Path) -> None:
+    name = str(source / "orc")
+    said = prepared([name, name, "--engine", "spark", "--source-format", "orc"], tmp_path / "d")
+    assert "rows in 2,000" in said
+    with SparkEngine(None) as engine:
+        code, said = ended([name, "--val", name, "--out", str(tmp_path / "e/d"), "--engine", "spark",
+                            "--source-format", "orc", "--columns", "user id,item_id,stars"], engine)  # fmt: skip
+    assert code == 2 and "choose one" in said
 
 
 def test_a_dry_run_shows_the_first_records_and_copies_nothing(

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import make_dataset
 
 from mfdist.cluster.world import World
@@ -21,13 +22,14 @@ from mfdist.data.dataset import Dataset
 from mfdist.data.scan import scan
 from mfdist.errors import DataError, DivergedError, StopRequested, UsageError
 from mfdist.log import Console
+from mfdist.run.lease import LeaseLost
 from mfdist.training.config import TrainConfig
 from mfdist.training.data_facts import fitted
 from mfdist.tuning import search
 from mfdist.tuning.config import TuneConfig
 from mfdist.tuning.inner_splits import DROPPED, HELD, TRAIN, inner_splits, rules_of
 from mfdist.tuning.search import tune
-from mfdist.tuning.space import MULTIPLES, Parameter, parse_search, settings_of, space_of
+from mfdist.tuning.space import MULTIPLES, Parameter, parse_search, settings_of, space_of, start_of
 
 SMALL = "emb-dim = 16\nepochs = 2\nbatch-size = 500\nimplicit = 0.0\n"
 """Of a training that takes no time."""
@@ -139,11 +141,16 @@ def test_killed_again_and_again_it_finds_what_it_would_have_found(data, tmp_path
 
 
 def test_a_stop_ends_with_75_and_the_same_command_goes_on(data, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/STOP").touch()
-    with pytest.raises(StopRequested, match=r"found the file STOP; 0 of 4 trials are kept, run the same command"):
-        tuned(data, tmp_path / "run")
-    assert not (tmp_path / "run/STOP").exists()
+    """While the inner splits are made, and before the first trial."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for made, said in ((False, "STOP; run the same command again"), (True, "STOP; 0 of 4 trials are kept, run the")):
+        if made:
+            inner_splits(Dataset.open(data), str(run / "splits"), 2, 42, Console(False))
+        (run / "STOP").touch()
+        with pytest.raises(StopRequested, match=f"found the file {said}"):
+            tuned(data, run)
+        assert not (run / "STOP").exists()
     assert tuned(data, tmp_path / "run") == tuned(data, tmp_path / "other")
 
 
@@ -198,6 +205,11 @@ def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
         with pytest.raises(UsageError, match="is not empty and holds no search"):
             tuned(data, tmp_path / "run", overwrite=overwrite)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+    (tmp_path / "mine/splits").mkdir(parents=True)
+    (tmp_path / "mine/splits/thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="is not empty and holds no search"):
+        tuned(data, tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine/splits/thesis.txt").exists()
 
 
 def test_a_damaged_log_is_named(data, tmp_path, monkeypatch):
@@ -207,6 +219,60 @@ def test_a_damaged_log_is_named(data, tmp_path, monkeypatch):
     log.write_text("no json\n" + log.read_text())
     with pytest.raises(DataError, match=r"trials.jsonl, line 1, is damaged; --overwrite"):
         tuned(data, tmp_path / "run", trials=3)
+
+
+def test_damaged_facts_of_the_search_are_named(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "course", steady(lambda config: config.lr))
+    tuned(data, tmp_path / "run", trials=2)
+    for text in ("[]", '{"data": "'):
+        (tmp_path / "run/search.json").write_text(text)
+        with pytest.raises(DataError, match=r"search.json is damaged .*; --overwrite begins the search anew"):
+            tuned(data, tmp_path / "run", trials=3)
+    assert len(tuned(data, tmp_path / "run", trials=2, overwrite=True)["trials"]) == 2
+
+
+def test_who_has_lost_the_directory_adds_nothing(data, tmp_path, monkeypatch):
+    def lost(config):
+        holder = json.loads((tmp_path / "run/lease.json").read_text())
+        (tmp_path / "run/lease.json").write_text(json.dumps({**holder, "token": "another", "nonce": "another"}))
+        return config.lr
+
+    monkeypatch.setattr(search, "course", steady(lost))
+    with pytest.raises(LeaseLost, match="was taken over"):
+        tuned(data, tmp_path / "run")
+    assert not (tmp_path / "run/tune.json").exists()
+
+
+def test_a_signal_ends_the_making_of_inner_splits(data, tmp_path):
+    rounds = []
+
+    def look():
+        rounds.append(1)
+        if len(rounds) == 2:
+            raise StopRequested("now")
+
+    with pytest.raises(StopRequested):
+        inner_splits(Dataset.open(data), str(tmp_path), 3, 0, Console(False), look)
+    assert len(rounds) == 2 and not list(tmp_path.rglob("dataset.json"))
+
+
+def test_what_a_device_cannot_hold_ends_a_trial(data, tmp_path, monkeypatch):
+    def full(config):
+        if config.emb_dim > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return config.lr
+
+    monkeypatch.setattr(search, "course", steady(full))
+    found = tuned(data, tmp_path / "run", trials=6, search=("emb-dim=8,16,32",))
+    assert {trial["ended_early"] for trial in found["trials"]} == {None, "the device has too little memory for it"}
+
+
+def test_best_toml_has_no_flag_of_a_run(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "course", steady(lambda config: config.lr))
+    (tmp_path / "c.toml").write_text(SMALL + 'overwrite = true\nmax-minutes = 5\ntrack = "mlflow"\nseed = 7\n')
+    tuned(data, tmp_path / "run", trials=2, training=str(tmp_path / "c.toml"))
+    given = read_toml(TrainConfig, str(tmp_path / "run/best.toml"))
+    assert given["batch_size"] == 500 and not {"overwrite", "max_minutes", "track", "device"} & given.keys()
 
 
 # What is held out ---------------------------------------------------------------------------------
@@ -289,6 +355,7 @@ def test_forms_of_a_setting(word, expected):
         (["learning-rate=1:2"], r"there is no setting 'learning-rate' to search\. Did you mean 'lr'\?"),
         (["data=a,b"], "no setting 'data'"),
         (["lr=0.1:0.01"], "LOW below HIGH"),
+        (["lr=x1:x1e400"], "both finite"),
         (["lr=x1:3"], r"expected lr=LOW:HIGH, lr=A,B,C or lr=x0.3:x3"),
         (["lr=fast"], "expected a number, got 'fast'"),
         (["lr=-1,1"], "expected a number above 0"),
@@ -329,6 +396,16 @@ def test_what_is_zero_has_no_multiples():
     ]  # fmt: skip
     with pytest.raises(UsageError, match="--search implicit: it is 0 or not set to begin with"):
         space_of(("implicit",), vignette)
+
+
+def test_the_start_has_the_digits_that_a_trial_has():
+    beginning = TrainConfig(lr=0.012345)
+    assert start_of(space_of(("lr=0.001:0.1",), beginning), beginning) == {"lr": 0.01235}
+
+
+def test_the_flag_that_names_a_file_is_the_one_that_is_said(data, tmp_path):
+    with pytest.raises(UsageError, match="--training nosuch: there is no such file"):
+        config(data, tmp_path / "run", training="nosuch")
 
 
 def test_without_optuna_it_says_what_to_install(data, tmp_path, monkeypatch):

@@ -26,9 +26,9 @@ An id is its text, without blanks around a field that is not quoted; a whole num
 id 11 in every format, in predict and in recommend, and the manifest counts them (float_ids).
 
 A folder is read with the folders in it, and what its name=value folders say are columns. Hidden names, marks such as
-_SUCCESS and empty parts are left out, and said. One file under two names is read once; the same bytes in two files, a
-name packed and unpacked, and tables with a log of their own (Delta, Iceberg, Hudi) are refused. Rows of --val that are
-trained on too are counted.
+_SUCCESS and empty parts are left out, and said. One file under two names is read once; the same bytes in two files and
+a name packed and unpacked are refused, and so are tables with a log of their own (Delta, Iceberg, Hudi) without
+--source-format. Rows of --val that are trained on too are counted.
 
 Times, stored in whole seconds, are seconds, milliseconds, microseconds or nanoseconds since 1970, told apart by their
 size for each file, YYYYMMDD, years from 1900 to 2100, ISO 8601 (UTC where it names no zone), dates of Parquet.

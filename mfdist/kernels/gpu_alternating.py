@@ -16,7 +16,7 @@ TILE = 2048
 """Values of a tile of ratings."""
 
 
-@triton.jit(do_not_specialize=["segments", "wanted", "sign"])
+@triton.jit
 def observe(
     row: tl.tensor, first: tl.tensor, end: tl.tensor, grouped: tl.tensor, others: tl.tensor, other_stride: tl.tensor,
     x: tl.tensor, x_stride: tl.tensor, wanted: tl.tensor, sign: tl.tensor, part: tl.tensor, square: tl.tensor,

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 import triton
 
+from mfdist.cluster.precision import full_float32
 from mfdist.kernels import gpu_alternating
 from mfdist.kernels.gpu_arguments import OPTIONS
 
@@ -120,10 +121,6 @@ class GpuSolver:
 
 
 def _dense(x: torch.Tensor, gram: torch.Tensor, pulls: torch.Tensor) -> torch.Tensor:
-    """(w G + c I) x of each row, in full float32, whatever this process allows elsewhere."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
+    """(w G + c I) x of each row."""
+    with full_float32():
         return x @ gram + pulls[:, None] * x
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed

@@ -55,6 +55,7 @@ def recognise(source: Source, columns: tuple[str, ...] | None, *, pairs: bool = 
 
     ``pairs``: ratings may be absent, and are where ``columns`` names two.
     """
+    columns = source.columns or columns
     if pairs:
         columns = None if columns is None else (*columns, "")[:3]
     if source.packing == "parquet":

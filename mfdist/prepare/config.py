@@ -182,6 +182,9 @@ class PrepareConfig:
             raise UsageError("--spark-master is of --engine spark: give both, or leave it out.")
         if self.source_format and self.engine != "spark":
             raise UsageError("--source-format is of --engine spark: give both, or leave it out.")
+        if self.source_format and self.append:
+            raise UsageError("--append takes files, which are told from those that the dataset holds; write the new "
+                             "rows of a table as Parquet.")  # fmt: skip
         if self.engine == "spark" and (self.compact or self.verify):
             raise UsageError("--compact and --verify are work of one machine: leave out --engine spark.")
         if self.memory < 256 << 20:

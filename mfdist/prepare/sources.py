@@ -40,7 +40,8 @@ class Source:
 
     ``packing``: 'parquet', 'text', or what the text is packed in: 'gzip', 'bz2', 'zstd', 'zip'. ``partition``: names
     and values of the folders ``name=value`` that it lies in, which are columns of all its rows. ``given``: the name
-    that it is shown by, where that is not its path.
+    that it is shown by, where that is not its path. ``columns``: the names of user, item, rating and time, where they
+    are known already.
     """
 
     path: str
@@ -49,6 +50,7 @@ class Source:
     val: bool = False
     partition: tuple[tuple[str, str], ...] = ()
     given: str = ""
+    columns: tuple[str, ...] = ()
 
     @property
     def shown(self) -> str:
@@ -90,7 +92,7 @@ def check_text(head: bytes, shown: str) -> None:
     known = next((name for magic, name in _REFUSED.items() if head.startswith(magic)), None)
     raise DataError(
         f"{shown} is {known or 'a binary file of an unknown kind'}; ratings come as text (CSV, TSV, JSON, Matrix "
-        "Market) or Parquet."
+        "Market) or Parquet, or, with --engine spark --source-format, in what Spark reads."
     )
 
 

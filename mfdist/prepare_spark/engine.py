@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 
 from mfdist import storage
 from mfdist.data.dataset import Dataset, FileEntry
-from mfdist.errors import UsageError
 from mfdist.log import Console
 from mfdist.prepare.config import PrepareConfig
 from mfdist.prepare.count_pass import ROW_COST, Plan
@@ -32,7 +31,7 @@ from mfdist.prepare_spark.driver import PART_BYTES, Gathered, gather, make_plan,
 from mfdist.prepare_spark.lake_tables import copied
 from mfdist.prepare_spark.messages import COLUMNS, ITEMS, REJECTS, ROWS, USERS, ids_in, unpacked
 from mfdist.prepare_spark.read_stage import Parts
-from mfdist.prepare_spark.session import check_installed, collected, facts_in, session, streamed
+from mfdist.prepare_spark.session import check_installed, collected, facts_in, session, streamed, unshared
 from mfdist.prepare_spark.write_stage import (
     COUNTED,
     Numbering,
@@ -80,9 +79,10 @@ class SparkEngine:
             with session(self._master) as spark:
                 found, gathered = gather(spark, config, files(sources), layouts, rules, config.duplicates, scratch,
                                          console)  # fmt: skip
-                plan, core = make_plan(config, found, gathered, console)
-                with console.busy(f"write {plan.num_lanes} lanes"):
-                    totals, written = write(config, found, gathered, plan, core, staging)
+                with closing(gathered):
+                    plan, core = make_plan(config, found, gathered, console)
+                    with console.busy(f"write {plan.num_lanes} lanes"):
+                        totals, written = write(config, found, gathered, plan, core, staging)
             return commit(config, found, plan, totals, written, request, scratch, console)
         finally:
             storage.remove(staging if storage.is_local(staging) else storage.join(config.target, ".scratch"))
@@ -93,7 +93,7 @@ class SparkEngine:
         rules = rules_of(config, layouts, salt, console, time_unit)
         with session(self._master) as spark:
             found, gathered = gather(spark, config, files(sources), layouts, rules, "keep", scratch, console)
-            with console.busy("bringing what was read to the driver"):
+            with closing(gathered), console.busy("bringing what was read to the driver"):
                 return brought(config, found, gathered, scratch)
 
 
@@ -193,8 +193,7 @@ def check_seen(out: str, written: Sequence[Written]) -> None:
     for attempt in written:
         for entry in attempt.files:
             if not storage.exists(storage.join(attempt.folder, entry.path)):
-                raise UsageError(f"{storage.redact(out)} is another folder on the executors than on the driver: --out "
-                                 "must be on a disk that all of them share, or a URL.")  # fmt: skip
+                raise unshared(out)
 
 
 def put(source: str, target: str) -> None:

@@ -8,6 +8,7 @@ write, and is removed at the end; one that a killed job has left is replaced.
 
 from __future__ import annotations
 
+import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,36 +23,48 @@ from mfdist.errors import DataError, UsageError
 from mfdist.log import Console
 from mfdist.prepare.columns import SAMPLE_LINES, frame_layout
 from mfdist.prepare.config import PrepareConfig
+from mfdist.prepare.prepare import check_target
 from mfdist.prepare.sources import Source, recognised
-from mfdist.prepare_spark.session import attempt, explained
+from mfdist.prepare_spark.session import attempt, explained, unshared
 
 CATALOG = "table"
 """The format of sources that are names in Spark's catalog."""
+BATCH_SETTING, BATCH_ROWS = "spark.sql.execution.arrow.maxRecordsPerBatch", 1 << 14
+"""Rows that a task gets at once while a table is copied: a session of ``prepare`` is set for messages of megabytes."""
+GROUP_ROWS = 1 << 18
+"""Of a row group of a copy."""
 
 
 @contextmanager
 def copied(spark: Any, config: PrepareConfig, console: Console) -> Iterator[list[Source]]:
     """The tables of ``config`` as Parquet files, shown by the tables' names; of ``--dry-run`` their first rows only.
 
-    DataError where a table has no rows or its columns are not recognised, UsageError where Spark lacks the format.
+    DataError where a table has no rows or its columns are not recognised, UsageError where Spark lacks the format, and
+    where a table is named for training and validation.
     """
     assert config.source_format is not None
-    folder = tempfile.mkdtemp(prefix="mfdist-tables-") if config.dry_run else f"{config.target.rstrip('/')}.tables"
+    if common := [*{*config.sources} & {*config.val}]:
+        raise UsageError(f"{storage.redact(common[0])} is given as --val and to be trained on: choose one.")
+    if not config.dry_run:
+        check_target(config.target)
+    folder = (
+        tempfile.mkdtemp(prefix="mfdist-tables-") if config.dry_run
+        else storage.absolute(f"{config.target.rstrip('/')}.tables-{secrets.token_hex(8)}")
+    )  # fmt: skip
     try:
-        storage.remove(folder)
         found: list[Source] = []
         for names, val in ((config.sources, False), (config.val, True)):
-            for name in names:
+            for name in dict.fromkeys(names):
                 place = storage.join(folder, str(len(found)))
-                with (
-                    explained(),
-                    console.busy(f"copying {'the first rows of ' if config.dry_run else ''}{storage.redact(name)}"),
-                ):
+                what = f"copying {'the first rows of ' if config.dry_run else ''}{storage.redact(name)}"
+                with explained(), console.busy(what):
                     frame = opened(spark, config.source_format, name)
-                    paths = copy_columns(frame, name, config.columns, place, first_rows=config.dry_run)
+                    chosen = copied_columns(frame, name, config.columns)
+                    paths = copy(spark, frame, chosen, place, first_rows=config.dry_run)
+                check_seen(paths, config.target)
                 parts = [recognised(path, val=val) for path in paths]
                 found += [
-                    replace(part, given=f"{name} part {number}" if len(parts) > 1 else name)
+                    replace(part, given=f"{name} part {number}" if len(parts) > 1 else name, columns=chosen)
                     for number, part in enumerate(parts, 1)
                     if part is not None
                 ]
@@ -78,20 +91,35 @@ def opened(spark: Any, kind: str, name: str) -> Any:
         raise
 
 
-def copy_columns(frame: Any, name: str, columns: tuple[str, ...] | None, place: str, *, first_rows: bool) -> list[str]:
-    """The columns that are user, item, rating and time as Parquet files below ``place``; their paths in order."""
+def copied_columns(frame: Any, name: str, columns: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The names of the columns that are user, item, rating and, where there is one, time."""
     head = frame.limit(SAMPLE_LINES).toArrow()
     if not head.num_rows:
         raise DataError(f"{storage.redact(name)} holds no rows of ratings.")
-    chosen = [column for column in frame_layout(head, columns, storage.redact(name)).columns if column]
+    return tuple(str(column) for column in frame_layout(head, columns, storage.redact(name)).columns if column)
+
+
+def copy(spark: Any, frame: Any, columns: tuple[str, ...], place: str, *, first_rows: bool) -> list[str]:
+    """``columns`` of all rows, or of the first ones, as Parquet files below ``place``; their paths in order."""
     storage.make_dirs(place)
     if first_rows:
         path = storage.join(place, "first.parquet")
-        pq.write_table(head.select([str(column) for column in chosen]), path)
+        pq.write_table(frame.limit(SAMPLE_LINES).toArrow().select(list(columns)), path)
         return [path]
-    quoted = ["`" + str(column).replace("`", "``") + "`" for column in chosen]
-    written = frame.select(*quoted).mapInArrow(write_task(storage.absolute(place)), "part long, path string")
-    return [path for _, path in sorted((row[0], row[1]) for row in written.collect())]
+    quoted = ["`" + column.replace("`", "``") + "`" for column in columns]
+    before = spark.conf.get(BATCH_SETTING)
+    spark.conf.set(BATCH_SETTING, str(BATCH_ROWS))
+    try:
+        written = frame.select(*quoted).mapInArrow(write_task(place), "part long, path string").collect()
+    finally:
+        spark.conf.set(BATCH_SETTING, before)
+    return [path for _, path in sorted((row[0], row[1]) for row in written)]
+
+
+def check_seen(paths: list[str], out: str) -> None:
+    """UsageError where the driver does not see what the executors have written."""
+    if not all(storage.exists(path) for path in paths):
+        raise unshared(out)
 
 
 def write_task(place: str) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
@@ -108,11 +136,17 @@ def write_task(place: str) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.R
         first = next(filled, None)
         if first is None:
             return
+        storage.make_dirs(place)
         filesystem, inner = storage.arrow_filesystem(path)
+        held, rows = [first], first.num_rows
         with pq.ParquetWriter(inner, first.schema, filesystem=filesystem, compression="zstd") as writer:
-            writer.write_batch(first)
             for batch in filled:
-                writer.write_batch(batch)
+                if rows >= GROUP_ROWS:
+                    writer.write_table(pa.Table.from_batches(held))
+                    held, rows = [], 0
+                held.append(batch)
+                rows += batch.num_rows
+            writer.write_table(pa.Table.from_batches(held))
         yield pa.RecordBatch.from_pydict({"part": pa.array([part], pa.int64()), "path": pa.array([path])})
 
     return run

@@ -63,7 +63,7 @@ class Work:
 
 def found_from_anywhere(source: Source) -> Source:
     """The source with an absolute path, shown as it was given."""
-    return replace(source, path=storage.absolute(source.path), given=source.path)
+    return replace(source, path=storage.absolute(source.path), given=source.given or source.path)
 
 
 def is_large(source: Source, layout: Layout) -> bool:

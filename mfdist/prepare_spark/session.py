@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mfdist import storage
 from mfdist.errors import MfdistError, UsageError
 from mfdist.prepare_spark.messages import FACT, FAULT, Message, value_of
 
@@ -49,7 +50,8 @@ def check_installed() -> None:
 
 @contextmanager
 def session(master: str | None) -> Iterator[Any]:
-    """A SparkSession; one that this process has already is used and left as it was, one of our own is stopped.
+    """A SparkSession; one of our own is stopped at the end. One that this process has already is used, with SETTINGS
+    for as long as the block lasts and with nothing of ours kept on its disks afterwards.
 
     A failure of Spark's in the block becomes a MfdistError.
     """
@@ -57,6 +59,7 @@ def session(master: str | None) -> Iterator[Any]:
 
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     before = SparkSession.getActiveSession()
+    old = {name: before.conf.get(name, None) for name in SETTINGS if before.conf.isModifiable(name)} if before else {}
     builder = SparkSession.builder.appName("mfdist prepare")
     if master:
         builder = builder.master(master)
@@ -72,6 +75,16 @@ def session(master: str | None) -> Iterator[Any]:
         finally:
             if before is None:
                 spark.stop()
+            else:
+                _put_back(before, old)
+
+
+def _put_back(spark: Any, settings: dict[str, str | None]) -> None:
+    for name, value in settings.items():
+        if value is None:
+            spark.conf.unset(name)
+        else:
+            spark.conf.set(name, value)
 
 
 @contextmanager
@@ -84,6 +97,12 @@ def explained() -> Iterator[None]:
         yield
     except (PySparkException, Py4JError, Py4JNetworkError) as error:
         raise MfdistError(f"Spark gave up: {reason_of(str(error))}. Its log says more.") from error
+
+
+def unshared(out: str) -> UsageError:
+    """The error where the driver does not see what the executors have written."""
+    return UsageError(f"{storage.redact(out)} is another folder on the executors than on the driver: --out must be on "
+                      "a disk that all of them share, or a URL.")  # fmt: skip
 
 
 def reason_of(text: str) -> str:

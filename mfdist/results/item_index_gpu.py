@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mfdist.cluster.precision import full_float32
 from mfdist.results.item_lists import ItemLists
 
 ITEM_BLOCK = 1 << 16
@@ -40,7 +41,8 @@ class GpuFilter:
         best = torch.full((len(users), 0), -torch.inf, device=self.device)
         place = torch.empty((len(users), 0), dtype=torch.int64, device=self.device)
         for first in range(0, len(self._items), ITEM_BLOCK):
-            score = self._products(left, self._items[first : first + ITEM_BLOCK])
+            with full_float32():
+                score = left @ self._items[first : first + ITEM_BLOCK].T
             inside = (hidden_place >= first) & (hidden_place < first + score.shape[1])
             score[hidden_user[inside], hidden_place[inside] - first] = -torch.inf
             top, found = score.topk(min(width, score.shape[1]), dim=1)
@@ -50,13 +52,3 @@ class GpuFilter:
         everything = width == len(self._items)
         cutoff = np.full(len(users), -np.inf) if everything else best[:, -1].double().cpu().numpy()
         return torch.where(best.isneginf(), -1, place).cpu().numpy(), cutoff
-
-    @staticmethod
-    def _products(users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-        """In full float32, whatever this process allows elsewhere."""
-        allowed = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
-        try:
-            return users @ items.T
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = allowed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,11 @@ from typing import Any
 from mfdist.config import flag, read_toml
 from mfdist.errors import UsageError
 from mfdist.training.config import TrainConfig
-from mfdist.tuning.space import parse_search
+from mfdist.tuning.space import SEARCHED, parse_search
 
 OF_OTHER_ROWS = {"init_from": "begins with a model of other rows", "stop_fraction": "holds out rows of its own",
                  "patience": "holds out rows of its own"}  # fmt: skip
 """Settings of training that a search cannot have, and why."""
-OF_A_RUN = ("data", "run_dir", "device", "seed")
-"""Settings that are the search's own flags, whatever a file says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,8 @@ class TuneConfig:
     )  # fmt: skip
     search: tuple[str, ...] = flag(
         (), "what to search, each as NAME=LOW:HIGH, as NAME=A,B,C, or with x before the numbers as multiples of what "
-        "it begins with; NAME alone: multiples around 1; not set: multiples of rate, epochs and penalties",
+        "it begins with; NAME alone: multiples around 1; not set: multiples of rate, epochs, penalties and of what "
+        "else the configuration has by number",
         many=True, metavar="SETTING", example="lr=0.005:0.1 emb-dim=32,64,128 l2=x0.3:x3",
     )  # fmt: skip
     trials: int = flag(40, "trials in all, those of earlier calls counted", at_least=1, metavar="NUMBER")
@@ -55,8 +55,14 @@ class TuneConfig:
 
     def beginning(self) -> dict[str, Any]:
         """The settings of --training by field name; UsageError where a search cannot have one of them."""
-        given = read_toml(TrainConfig, self.training) if self.training else {}
+        given = read_toml(TrainConfig, self.training, "--training") if self.training else {}
         for name, why in OF_OTHER_ROWS.items():
             if given.get(name):
                 raise UsageError(f"--training {self.training}: {name.replace('_', '-')} {why}; a search cannot.")
-        return {name: value for name, value in given.items() if name not in OF_A_RUN}
+        return {name: value for name, value in given.items() if _is_of_the_model(name)}
+
+
+def _is_of_the_model(name: str) -> bool:
+    """Whether a setting of training says what is learned and how, and not where one run of it goes on."""
+    field = next(field for field in dataclasses.fields(TrainConfig) if field.name == name)
+    return name != "seed" and (field.metadata["group"] in SEARCHED or name == "sharding")

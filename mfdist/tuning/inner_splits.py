@@ -16,7 +16,7 @@ Example: of 1,000 training ratings and ``--val-fraction 0.2``, an inner split tr
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -83,9 +83,12 @@ class Rule:
         return found
 
 
-def inner_splits(dataset: Dataset, folder: str, count: int, seed: int, console: Console) -> list[Dataset]:
+def inner_splits(
+    dataset: Dataset, folder: str, count: int, seed: int, console: Console, look: Callable[[], None] = lambda: None
+) -> list[Dataset]:
     """Splits 1 to ``count`` under ``folder``: made, or found there as they would be made.
 
+    ``look`` is called after each lane, and may raise what ends the job: an unfinished split is made anew.
     DataError where a split has nothing to train on, or nothing held out.
     """
     rules = rules_of(dataset, count, seed)
@@ -95,7 +98,7 @@ def inner_splits(dataset: Dataset, folder: str, count: int, seed: int, console: 
         if (split := _already(path, dataset, rule)) is None:
             label = f"inner split {rule.number}/{count}"
             with console.progress(label, dataset.manifest.num_ratings["train"]) as progress:
-                split = _make(dataset, path, rule, progress)
+                split = _make(dataset, path, rule, progress, look)
         found.append(split)
     return found
 
@@ -152,7 +155,7 @@ def _already(path: str, dataset: Dataset, rule: Rule) -> Dataset | None:
     return found if found.manifest.extra.get(IDENTITY) == _identity(dataset, rule) else None
 
 
-def _make(dataset: Dataset, path: str, rule: Rule, progress: Progress) -> Dataset:
+def _make(dataset: Dataset, path: str, rule: Rule, progress: Progress, look: Callable[[], None]) -> Dataset:
     """Write the split, its manifest last."""
     storage.remove(path)
     storage.make_dirs(path)
@@ -176,6 +179,7 @@ def _make(dataset: Dataset, path: str, rule: Rule, progress: Progress) -> Datase
             lanes.append(replace(lane, train_rows=held[0], val_rows=held[1], files=tuple(e.path for e in entries)))
             files += entries
             progress.advance(len(fates))
+            look()
         others = [_write_vocabulary(dataset, path, f"{side}s", total, scratch) for side, total in counts.items()]
     made = _manifest(dataset, rule, tuple(lanes), files, others, facts)
     if not all(made.num_ratings.values()):

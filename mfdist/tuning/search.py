@@ -16,7 +16,9 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-from mfdist import compilation, storage
+import torch
+
+from mfdist import compilation, json_tables, storage
 from mfdist.cluster.world import World
 from mfdist.data.dataset import Dataset
 from mfdist.errors import DataError, DivergedError, StopRequested, UsageError
@@ -33,8 +35,8 @@ from mfdist.tuning.results import BEST, PAGE, RESULT, Results, Trial, last_words
 from mfdist.tuning.space import Parameter, settings_of, space_of, start_of
 
 ABOUT, TRIALS, SPLITS = "search.json", "trials.jsonl", "splits"
-OWN = (ABOUT, TRIALS, SPLITS, BEST, PAGE, RESULT, "STOP")
-"""What the directory of a search holds; --overwrite removes these names and nothing else."""
+OWN = (TRIALS, SPLITS, BEST, PAGE, RESULT, ABOUT)
+"""What the directory of a search holds; --overwrite removes these names and nothing else, what says so last."""
 STUDY = "mfdist"
 LEAST_OTHERS = 4
 """Trials to compare with before one is ended early."""
@@ -60,8 +62,9 @@ class _Halt(Exception):
 def tune(config: TuneConfig, world: World, console: Console) -> Results:
     """Run or continue a search; it holds ``--run-dir`` meanwhile.
 
-    StopRequested (75) where it was stopped, or --minutes were over, with trials kept; DivergedError (4) where no trial
-    gave a number; UsageError, DataError.
+    StopRequested (75) where it was stopped, or --minutes were over before any trial had ended, with trials kept;
+    DivergedError (4) where no trial gave a number; LeaseLost where another job has taken the directory; UsageError,
+    DataError.
     """
     if world.size > 1:
         raise UsageError("tune runs in one process, on all its threads; start it without torchrun.")
@@ -69,9 +72,13 @@ def tune(config: TuneConfig, world: World, console: Console) -> Results:
     if not dataset.manifest.num_ratings["train"]:
         raise DataError(f"{storage.redact(dataset.path)} has no training ratings.")
     dataset.check_vocabularies()
-    with Lease(config.run_dir, console.info), StopWatch(config.run_dir, None) as watch:
+    with Lease(config.run_dir, console.info) as lease, StopWatch(config.run_dir, None) as watch:
         _open_directory(config, dataset)
-        search = Search(config, dataset, world, console, watch)
+        try:
+            search = Search(config, dataset, world, console, watch, lease)
+        except _Halt as halt:
+            watch.clear_stop_file()
+            raise StopRequested(f"{halt}; run the same command again to go on.") from None
         try:
             search.run()
         except _Halt as halt:
@@ -84,12 +91,15 @@ def tune(config: TuneConfig, world: World, console: Console) -> Results:
 class Search:
     """A search at work. Its trials are those of Optuna's study in RUN/trials.jsonl."""
 
-    def __init__(self, config: TuneConfig, dataset: Dataset, world: World, console: Console, watch: StopWatch) -> None:
+    def __init__(
+        self, config: TuneConfig, dataset: Dataset, world: World, console: Console, watch: StopWatch, lease: Lease
+    ) -> None:
+        """_Halt where something ends the search while its inner splits are made."""
         self._config, self._dataset, self._world, self._console = config, dataset, world, console
-        self._watch, self._began = watch, time.monotonic()
+        self._watch, self._lease, self._began = watch, lease, time.monotonic()
         given = {**config.beginning(), "seed": config.seed}
         folder = storage.join(config.run_dir, SPLITS)
-        self._splits = inner_splits(dataset, folder, config.splits, config.seed, console)
+        self._splits = inner_splits(dataset, folder, config.splits, config.seed, console, self._look)
         beginning = self._fit(0, TrainConfig(**given))
         self._given, self.measure = given, measure_of(beginning)
         self.parameters = space_of(config.search, beginning)
@@ -148,6 +158,7 @@ class Search:
         """The next trial; what it tries is a function of the finished ones and the seed."""
         import optuna
 
+        self._lease.check()
         study = self._study
         for trial in self._trials("RUNNING"):  # a kill has ended it, or a stop
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
@@ -184,11 +195,15 @@ class Search:
                                 break
                 except UsageError as error:
                     why = str(error)
+                except torch.OutOfMemoryError:
+                    torch.cuda.empty_cache()
+                    why = "the device has too little memory for it"
                 if why:
                     break
                 curves.append(points)
                 trial.set_user_attr("curves", curves)
         seconds = time.monotonic() - began - (compilation.seconds() - compiled)
+        self._lease.check()
         for key, found in {"values": values, "seconds": seconds, "why": why}.items():
             trial.set_user_attr(key, found)
         if why:
@@ -327,23 +342,21 @@ def _open_directory(config: TuneConfig, dataset: Dataset) -> None:
     """Make RUN ready; UsageError where it holds something else, or a search that was asked for otherwise."""
     run, shown = config.run_dir, storage.redact(config.run_dir)
     names = [name for name in storage.list_names(run) if name not in ("STOP", LEASE)]
+    if names and ABOUT not in names:
+        raise UsageError(f"{shown} is not empty and holds no search; choose another --run-dir.")
     if config.overwrite:
         for name in OWN:
-            if name != "STOP":
-                storage.remove(storage.join(run, name))
-        names = [name for name in names if name not in OWN]
+            storage.remove(storage.join(run, name))
     about = {
         "data": dataset.manifest.fingerprint, "settings of --training": config.beginning(),
         "--search": list(config.search), "--splits": config.splits, "--seed": config.seed,
     }  # fmt: skip
     path = storage.join(run, ABOUT)
     if not storage.exists(path):
-        if names:
-            raise UsageError(f"{shown} is not empty and holds no search; choose another --run-dir.")
         storage.make_dirs(run)
         storage.write_text(path, json.dumps(about, indent=1) + "\n")
         return
-    before = json.loads(storage.read_text(path))
+    before = json_tables.read(path, "--overwrite begins the search anew")
     changed = [key for key, value in json.loads(json.dumps(about)).items() if before.get(key) != value]
     if changed:
         raise UsageError(
