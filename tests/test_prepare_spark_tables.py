@@ -17,7 +17,12 @@ from mfdist.prepare_spark import lake_tables
 from mfdist.prepare_spark.engine import SparkEngine
 from mfdist.prepare_spark.session import session
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore:PySpark does not yet:FutureWarning"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
