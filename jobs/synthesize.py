@@ -4,8 +4,7 @@
 The program is :mod:`mfdist.jobs.synthesize`.
 """
 
-import sys
-
+from mfdist import process
 from mfdist.loading import loading
 
 with loading():
@@ -14,4 +13,4 @@ with loading():
 __all__ = ["main"]
 
 if __name__ == "__main__":
-    sys.exit(job())
+    process.end(job())

@@ -6,8 +6,9 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from mfdist import __version__
+from mfdist import __version__, process
 from mfdist.errors import UsageError, exit_code_of
 from mfdist.loading import loading
 
@@ -66,5 +67,10 @@ def _unknown(name: str) -> int:
     raise UsageError(f"there is no job '{name}'; known are {', '.join([*JOBS, LAUNCH])}.{hint}")
 
 
+def program() -> NoReturn:
+    """What the command mfdist runs."""
+    process.end(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

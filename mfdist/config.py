@@ -114,12 +114,21 @@ def read_toml(cls: type[Any], path: str, flag: str = "--config") -> dict[str, An
     the one that names it."""
     try:
         table = tomllib.loads(_text_of(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise UsageError(
             f"{flag} {path}: there is no such file, and no ready configuration of this name ({', '.join(ready())})."
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{flag} {path} is not valid TOML: {error}.") from None
+    return _values_of(cls, table, path)
+
+
+def read_ready(cls: type[Any], name: str) -> dict[str, Any]:
+    """The same of a ready configuration, whatever files of this name stand in the working directory."""
+    return _values_of(cls, ready_values(name), name)
+
+
+def _values_of(cls: type[Any], table: Mapping[str, Any], path: str) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = {}
     for key, value in table.items():
@@ -138,9 +147,10 @@ def value_of(cls: type[Any], name: str, text: str) -> Any:
     return _convert(field, value, _flag_name(name), cls)
 
 
-def read_ready(name: str) -> dict[str, Any]:
+def ready_values(name: str) -> dict[str, Any]:
     """The values of a ready configuration as TOML gives them, by field name."""
-    return {key.replace("-", "_"): value for key, value in tomllib.loads(_text_of(name)).items()}
+    table = tomllib.loads((_READY / f"{name}.toml").read_text(encoding="utf-8"))
+    return {key.replace("-", "_"): value for key, value in table.items()}
 
 
 def ready() -> list[str]:
@@ -150,7 +160,7 @@ def ready() -> list[str]:
 
 def _text_of(path: str) -> str:
     name = path.removesuffix(".toml")
-    if name in ready() and not storage.exists(path):
+    if name in ready() and (not storage.exists(path) or storage.is_dir(path)):
         return (_READY / f"{name}.toml").read_text(encoding="utf-8")
     return storage.read_text(path)
 
@@ -274,7 +284,7 @@ def metavar_of(field: dataclasses.Field[Any]) -> str:
 
 def config_help(cls: type[Any]) -> str:
     """What help says of ``--config``."""
-    known = {name for name in ready() if read_ready(name).keys() <= {field.name for field in dataclasses.fields(cls)}}
+    known = {name for name in ready() if ready_values(name).keys() <= {field.name for field in dataclasses.fields(cls)}}
     named = f", or a ready one by its name ({', '.join(sorted(known))})" if known else ""
     return f"a TOML file that sets any of these flags{named}; the command line wins"
 

@@ -64,7 +64,6 @@ def exit_code_of(job: Callable[[], int | None]) -> int:
     that is gone ends nothing; in a locale other than UTF-8 the program is started again in one (``process``).
     """
     process.use_utf8()
-    process.end_quickly()
     with process.lasting_console():
         return _exit_code_of(job)
 

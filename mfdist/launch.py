@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
+from mfdist import process
 from mfdist.errors import exit_code_of
 from mfdist.loading import loading
 
@@ -13,4 +12,4 @@ with loading():
 __all__ = ["main"]
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
+    process.end(exit_code_of(main))

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from jobs import train as job
+from mfdist import process
 from mfdist.cluster import connecting, shared_memory, transport
 from mfdist.kernels import sockets, wire
 from mfdist.model import exchange, exchange_between_hosts, optimizers
@@ -115,4 +116,4 @@ if __name__ == "__main__":
         behave_as_hosts()
     if fault := os.environ.get("MFDIST_TEST_FAULT"):
         plant(fault)
-    sys.exit(job.job())
+    process.end(job.job())

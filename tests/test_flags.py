@@ -11,7 +11,7 @@ import pytest
 from torch.distributed import run as torchrun
 
 from mfdist.__main__ import JOBS
-from mfdist.config import parse_config, read_toml
+from mfdist.config import parse_config, read_ready, read_toml, ready
 from mfdist.errors import UsageError
 from mfdist.flag_names import MEANINGS
 from mfdist.training.config import TrainConfig
@@ -54,6 +54,17 @@ def test_a_file_wins_over_a_ready_configuration(tmp_path: Path, monkeypatch: pyt
     assert read_toml(TrainConfig, "quick.toml") == read_toml(TrainConfig, "quick")
     Path("quick.toml").write_text("epochs = 77\n")
     assert read_toml(TrainConfig, "quick.toml") == {"epochs": 77}
+    assert TrainConfig.ready("quick").epochs != 77
+
+
+def test_a_folder_of_the_name_of_a_ready_configuration_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ready():
+        Path(name).mkdir()
+    assert read_toml(TrainConfig, "quick") == read_ready(TrainConfig, "quick")
+    assert TrainConfig.ready("svd").lr > 0
+    with pytest.raises(UsageError, match="there is no such file"):
+        read_toml(TrainConfig, str(tmp_path))
 
 
 @pytest.mark.parametrize(

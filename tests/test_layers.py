@@ -41,7 +41,7 @@ ROOMS = {
     "loading": "",
     "log": "errors storage compilation process",
     "metrics": "",
-    "launch": "cluster errors loading",
+    "launch": "cluster errors loading process",
     "process": "",
     "json_tables": "errors storage",
     "__main__": f"jobs cluster {TOP}",

@@ -311,3 +311,45 @@ def test_several_hosts_say_which_name_does_not_resolve(monkeypatch, tmp_path, ca
         monkeypatch.setenv(name, value)
     with pytest.raises(MfdistError, match=r"the host of rank 0, no-such-host.invalid, does not resolve"):
         meeting.store_of_ranks(1, 2, meeting.timedelta(seconds=1))
+
+
+ENDING = """
+import atexit, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from mfdist import process
+
+class Abort:
+    def __del__(self):
+        Path("taken-down").touch()
+
+kept = Abort()
+pool = ThreadPoolExecutor(1)
+pool.submit(time.sleep, 0.2)
+threading.Thread(target=lambda: (time.sleep(0.3), Path("thread").touch())).start()
+atexit.register(lambda: Path("atexit").touch())
+sys.stdout.write("the last word")
+process.end(75)
+"""
+
+
+def ended(program, folder, **streams):
+    variables = environment(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="")
+    return subprocess.Popen(
+        [sys.executable, "-c", program], cwd=folder, env=variables, stderr=subprocess.PIPE, **streams
+    )
+
+
+def test_a_program_ends_with_its_code_its_threads_and_its_last_words(tmp_path):
+    program = ended(ENDING, tmp_path, stdout=subprocess.PIPE)
+    assert program.communicate(timeout=60) == (b"the last word", b"") and program.returncode == 75
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["atexit", "thread"]
+
+
+def test_a_program_whose_reader_has_gone_ends_with_its_code(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    text = "import sys; from mfdist import process; sys.stdout.write('x'); process.end(3)"
+    program = ended(text, tmp_path, stdout=writing)
+    os.close(writing)
+    assert program.communicate(timeout=60)[1] == b"" and program.returncode == 3

@@ -6,10 +6,9 @@ python jobs/baseline_svd.py --data data/large --run-dir runs/svd-sample --sample
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from mfdist import storage
+from mfdist import process, storage
 from mfdist.config import parse_config
 from mfdist.errors import exit_code_of
 
@@ -33,4 +32,4 @@ def job() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(job())
+    process.end(job())

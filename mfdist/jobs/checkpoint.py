@@ -7,9 +7,9 @@ python jobs/checkpoint.py prune runs/advanced --keep 1
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
+from mfdist import process
 from mfdist.config import parse_config
 from mfdist.errors import exit_code_of
 from mfdist.log import Console
@@ -28,4 +28,4 @@ def job() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(job())
+    process.end(job())

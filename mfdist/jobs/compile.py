@@ -9,9 +9,9 @@ scripts/setup does so in the background. Without it the first job of each kind c
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
+from mfdist import process
 from mfdist.config import parse_config
 from mfdist.errors import exit_code_of
 from mfdist.log import Console
@@ -32,4 +32,4 @@ def job() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(job())
+    process.end(job())

@@ -7,9 +7,9 @@ python jobs/evaluate.py runs/advanced --require-better runs/svd     # ends with 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
+from mfdist import process
 from mfdist.cluster.recorded import recorded
 from mfdist.cluster.world import World
 from mfdist.config import parse_config
@@ -35,4 +35,4 @@ def job() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(job())
+    process.end(job())

@@ -11,10 +11,9 @@ vectors.json lists with their first rows. The library of an index is an extra: p
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from mfdist import storage
+from mfdist import process, storage
 from mfdist.config import parse_config
 from mfdist.errors import exit_code_of
 from mfdist.log import Console
@@ -34,4 +33,4 @@ def job() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(job())
+    process.end(job())

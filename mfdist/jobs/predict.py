@@ -15,10 +15,9 @@ with 75; finished parts are kept beside the output, and the same command goes on
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from mfdist import storage
+from mfdist import process, storage
 from mfdist.cluster.recorded import recorded
 from mfdist.cluster.world import World
 from mfdist.config import parse_config
@@ -44,4 +43,4 @@ def job() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(job())
+    process.end(job())

@@ -36,7 +36,6 @@ size for each file, YYYYMMDD, years from 1900 to 2100, ISO 8601 (UTC where it na
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from mfdist import process
@@ -79,4 +78,4 @@ def job() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(job())
+    process.end(job())

@@ -13,10 +13,9 @@ command goes on with the others.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from mfdist import storage
+from mfdist import process, storage
 from mfdist.cluster.recorded import recorded
 from mfdist.cluster.world import World
 from mfdist.config import parse_config
@@ -42,4 +41,4 @@ def job() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(job())
+    process.end(job())

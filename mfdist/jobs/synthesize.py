@@ -7,10 +7,9 @@ python jobs/synthesize.py --preset electronics --out twin.csv
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from mfdist import storage
+from mfdist import process, storage
 from mfdist.config import parse_config
 from mfdist.errors import exit_code_of
 from mfdist.log import Console
@@ -35,4 +34,4 @@ def job() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(job())
+    process.end(job())

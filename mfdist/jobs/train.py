@@ -8,9 +8,9 @@ The same command continues a run that was stopped. Without --data a small built-
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
+from mfdist import process
 from mfdist.cluster.recorded import recorded
 from mfdist.cluster.world import World
 from mfdist.config import parse_config
@@ -32,4 +32,4 @@ def job() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(job())
+    process.end(job())

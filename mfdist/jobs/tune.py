@@ -13,9 +13,9 @@ Needs Optuna: pip install 'mfdist[tune]'.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
+from mfdist import process
 from mfdist.cluster.world import World
 from mfdist.config import parse_config
 from mfdist.errors import exit_code_of
@@ -37,4 +37,4 @@ def job() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(job())
+    process.end(job())

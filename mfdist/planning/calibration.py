@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mfdist import storage
+from mfdist import process, storage
 from mfdist.cluster.world import World
 from mfdist.data.batch_order import lanes_of_rank
 from mfdist.data.dataset import Dataset, Manifest
@@ -354,4 +354,4 @@ def _store(session: Session) -> tuple[int, float, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
+    process.end(exit_code_of(main))

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mfdist import storage
+from mfdist import process, storage
 from mfdist.cluster.launch import usable_cores
 from mfdist.cluster.world import World
 from mfdist.config import flag, ready
@@ -176,4 +176,4 @@ def _train_in_processes(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
+    process.end(exit_code_of(main))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mfdist import storage
-from mfdist.config import Follows, flag, parse_pair, parse_range, read_toml
+from mfdist.config import Follows, flag, parse_pair, parse_range, read_ready
 from mfdist.data.dataset import Manifest
 from mfdist.errors import UsageError
 from mfdist.model.models import Form, sigmoid_range
@@ -292,7 +292,7 @@ class TrainConfig:
     @classmethod
     def ready(cls, name: str, **values: Any) -> TrainConfig:
         """A ready configuration by its name, with these values of flags in place of its own."""
-        return cls(**{**read_toml(cls, name), **values})
+        return cls(**{**read_ready(cls, name), **values})
 
     def __post_init__(self) -> None:
         for name, value in self._settled().items():

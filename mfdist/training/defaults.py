@@ -20,9 +20,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mfdist.config import Follows, read_ready
+from mfdist.config import Follows, ready_values
 
-RECIPE = read_ready("recipe")
+RECIPE = ready_values("recipe")
 MEMBER_FACTORS = 16
 RATES = {"adamw": 0.005, "sparse_adam": 0.005, "rowwise_adagrad": 0.1}
 """--lr of the optimizers that scale their steps themselves."""
