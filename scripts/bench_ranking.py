@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # implicit asks for it
 
 import numpy as np
-from leaderboard import DATASETS, prepared
+from leaderboard import datasets_in, prepared
 
 from mfdist.cluster.world import World
 from mfdist.data.dataset import Dataset
@@ -49,9 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", help="write the results here")
     flags = parser.parse_args(argv)
     names = flags.data.split(",")
-    if not flags.files or set(names) - set(DATASETS):
-        parser.error(f"give --files or MFDIST_TEST_DATA, and --data of {', '.join(DATASETS)}.")
-    rows = [row for name in names for row in measured(name, prepared(name, flags).dataset, flags.seeds)]
+    found = datasets_in(Path(flags.files)) if flags.files else {}
+    if not flags.files or set(names) - set(found):
+        parser.error(f"give --files or MFDIST_TEST_DATA, and --data of {', '.join(found) or 'its datasets'}.")
+    rows = [row for name in names for row in measured(name, prepared(name, found[name], flags).dataset, flags.seeds)]
     print(
         f"{'dataset':<10}{'system':<30}{'seed':>5}" + "".join(f"{text:>13}" for text in (*FIGURES.values(), "seconds"))
     )

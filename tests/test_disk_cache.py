@@ -187,3 +187,23 @@ def test_two_processes_that_compile_other_forms_at_one_moment_do_not_mix_them_up
     first.save("integers", "for integers")
     second.save("floats", "for floats")
     assert [first.load(key) for key in ("integers", "floats")] == ["for integers", "for floats"]
+
+
+CLOSURES = """
+import numpy as np
+from mfdist.kernels import dot_tiles, top_n
+from mfdist.kernels.disk_cache import _named
+print(_named(top_n.search_by_floats), _named(top_n.marks_of_floats), _named(3), sep="\\n")
+print(top_n.search_by_floats._cache._index_key("signature", type("C", (), {"magic_tuple": lambda self: ()})()))
+"""
+
+
+def test_what_a_kernel_takes_from_around_it_has_one_name_in_all_processes():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    said = [
+        subprocess.run([sys.executable, "-c", CLOSURES], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    assert said[0].stdout == said[1].stdout
+    kernel, marks, number, _ = said[0].stdout.splitlines()
+    assert "_search" in kernel and marks in kernel and marks.startswith("mfdist.kernels.dot_tiles.") and number == "3"

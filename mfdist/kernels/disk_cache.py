@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import functools
 import hashlib
+import inspect
 import os
 import pickle
 import shutil
@@ -194,9 +195,26 @@ class _Kept(caching.FunctionCache):  # type: ignore[misc]
         locator = self._impl.locator
         self._cache_file = _Files(locator.get_cache_path(), self._impl.filename_base, locator.get_source_stamp())
 
+    def _index_key(self, signature: Any, codegen: Any) -> Any:
+        """numba's key, but of what a function takes from around it the name: numba pickles kernels and intrinsics with
+        numbers that each process draws anew, so that no process finds what another has compiled. What the names stand
+        for is the folder's: it is of these very sources."""
+        code = hashlib.sha256(self._py_func.__code__.co_code).hexdigest()
+        around = repr([_named(cell.cell_contents) for cell in self._py_func.__closure__ or ()])
+        return signature, codegen.magic_tuple(), (code, hashlib.sha256(around.encode()).hexdigest())
+
     def save_overload(self, signature: Any, data: Any) -> None:
         with contextlib.suppress(OSError):  # a full disk costs the next process its time, this one nothing
             super().save_overload(signature, data)
+
+
+def _named(value: Any) -> str:
+    """A function, kernel or intrinsic by its name and what it takes from around it, anything else as it is written."""
+    function = inspect.unwrap(getattr(value, "py_func", value))
+    if not inspect.isfunction(function):
+        return repr(value)
+    around = [_named(cell.cell_contents) for cell in function.__closure__ or ()]
+    return f"{function.__module__}.{function.__qualname__}{around}"
 
 
 _numbas = dispatcher.FunctionCache
