@@ -25,8 +25,9 @@ SMALLER = {
     "--rows 5000000": "--rows 50000",
     "--preset electronics": "--rows 20000",
     "--source-format delta": "--source-format orc",
+    "jobs/tune.py ": "jobs/tune.py --trials 3 --splits 2 ",
 }
-"""What stands in the place of an object store, of millions of rows, and of a package of Spark's."""
+"""What stands in the place of an object store, of millions of rows, of a package of Spark's, and of half an hour."""
 MAY_FAIL = {"--require-better": 5}
 """Flags whose commands may end with another exit code than 0, as they say."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
