@@ -65,14 +65,6 @@ def test_a_job_answers_every_signal_that_the_launcher_passes_on(number):
     assert signal.getsignal(number) == before
 
 
-def test_the_end_of_a_program_looks_for_no_garbage():
-    """What was registered before runs behind it, and finds everything set aside."""
-    code = ("import atexit, gc\natexit.register(lambda: print(gc.get_freeze_count()))\n"
-            "from mfdist.errors import exit_code_of\nassert exit_code_of(lambda: 0) == 0")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
-    assert int(done.stdout) > 1000, done.stderr
-
-
 def test_a_job_under_nohup_ignores_a_closed_terminal():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

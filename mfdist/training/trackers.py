@@ -26,6 +26,7 @@ from mfdist.log import Record
 
 REMOTE = ("mlflow", "wandb")
 """Values of --track; each is the name of its library and of an extra of the package."""
+NEVER_SECONDS = 10**8
 PATIENCE_SECONDS = 60.0
 """How long the end of a run waits for a tracker that has not taken everything."""
 Scalar = tuple[str, float]
@@ -188,7 +189,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         storage.remove(self._folder)
-        self._writer = SummaryWriter(self._folder, purge_step=0, flush_secs=10)  # a viewer forgets what it has read
+        # A viewer forgets what it has read. Only flush() flushes: the writer's own thread would fail alone.
+        self._writer = SummaryWriter(self._folder, purge_step=0, flush_secs=NEVER_SECONDS)
         lines = ["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in self._config.items())]
         self._writer.add_text("configuration", "\n".join(lines), 0)
 
