@@ -124,7 +124,7 @@ def test_columns_by_position_are_those_of_the_table(spark: Any, source: Path, tm
 
 def test_a_copy_has_large_row_groups(spark: Any, tmp_path: Path) -> None:
     frame = spark.range(0, 50_000, 1, 1).selectExpr("id as user", "id % 7 as item", "1.5 as rating")
-    (path,) = lake_tables.copy(spark, frame, ("user", "item", "rating"), str(tmp_path / "copy"), first_rows=False)
+    (path,) = lake_tables.copy(spark, frame, ("user", "item", "rating"), str(tmp_path / "copy"))
     metadata = pq.read_metadata(path)
     assert (metadata.num_rows, metadata.num_row_groups) == (50_000, 1)
     assert spark.conf.get(lake_tables.BATCH_SETTING) == "16"

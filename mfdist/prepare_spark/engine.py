@@ -18,6 +18,7 @@ from mfdist.data.dataset import Dataset, FileEntry
 from mfdist.log import Console
 from mfdist.prepare.config import PrepareConfig
 from mfdist.prepare.count_pass import ROW_COST, Plan
+from mfdist.prepare.ids import text_spans
 from mfdist.prepare.layout import Layout
 from mfdist.prepare.prepare import named_sources, rules_of
 from mfdist.prepare.read_pass import REJECTED_SCHEMA, Found, FrameSource, Ingest
@@ -211,8 +212,8 @@ def write_items(root: str, written: Sequence[Written], scratch: str) -> tuple[It
             own = [table.column(column).to_numpy() for column in COUNTED]
             texts = table.column("text").chunk(0) if table.num_rows else None
             if texts is not None:
-                edges = np.frombuffer(texts.buffers()[1], np.int64)[: len(texts) + 1]
-                ids = Ids(np.zeros(len(texts), np.uint64), edges, np.frombuffer(texts.buffers()[2], np.uint8))
+                content, start, _ = text_spans(texts)
+                ids = Ids(np.zeros(len(texts), np.uint64), np.append(start, content.size), content)
                 items.write(ids, np.arange(len(texts)), own[0])
             counts.append(own)
         items.flush()

@@ -59,8 +59,10 @@ def copied(spark: Any, config: PrepareConfig, console: Console) -> Iterator[list
                 what = f"copying {'the first rows of ' if config.dry_run else ''}{storage.redact(name)}"
                 with explained(), console.busy(what):
                     frame = opened(spark, config.source_format, name)
-                    chosen = copied_columns(frame, name, config.columns)
-                    paths = copy(spark, frame, chosen, place, first_rows=config.dry_run)
+                    head = frame.limit(SAMPLE_LINES).toArrow()
+                    chosen = copied_columns(head, name, config.columns)
+                    storage.make_dirs(place)
+                    paths = copy_head(head, chosen, place) if config.dry_run else copy(spark, frame, chosen, place)
                 check_seen(paths, config.target)
                 parts = [recognised(path, val=val) for path in paths]
                 found += [
@@ -91,21 +93,22 @@ def opened(spark: Any, kind: str, name: str) -> Any:
         raise
 
 
-def copied_columns(frame: Any, name: str, columns: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The names of the columns that are user, item, rating and, where there is one, time."""
-    head = frame.limit(SAMPLE_LINES).toArrow()
+def copied_columns(head: pa.Table, name: str, columns: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The names of the columns that are user, item, rating and, where there is one, time, by a table's first rows."""
     if not head.num_rows:
         raise DataError(f"{storage.redact(name)} holds no rows of ratings.")
     return tuple(str(column) for column in frame_layout(head, columns, storage.redact(name)).columns if column)
 
 
-def copy(spark: Any, frame: Any, columns: tuple[str, ...], place: str, *, first_rows: bool) -> list[str]:
-    """``columns`` of all rows, or of the first ones, as Parquet files below ``place``; their paths in order."""
-    storage.make_dirs(place)
-    if first_rows:
-        path = storage.join(place, "first.parquet")
-        pq.write_table(frame.limit(SAMPLE_LINES).toArrow().select(list(columns)), path)
-        return [path]
+def copy_head(head: pa.Table, columns: tuple[str, ...], place: str) -> list[str]:
+    """``columns`` of the first rows as a Parquet file in the folder ``place``; its path."""
+    path = storage.join(place, "first.parquet")
+    pq.write_table(head.select(list(columns)), path)
+    return [path]
+
+
+def copy(spark: Any, frame: Any, columns: tuple[str, ...], place: str) -> list[str]:
+    """``columns`` of all rows as Parquet files below ``place``; their paths in order."""
     quoted = ["`" + column.replace("`", "``") + "`" for column in columns]
     before = spark.conf.get(BATCH_SETTING)
     spark.conf.set(BATCH_SETTING, str(BATCH_ROWS))
