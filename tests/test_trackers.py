@@ -78,6 +78,22 @@ def test_tensorboard_has_every_figure_once(data, tmp_path):
     assert any("configuration" in tag for tag in accumulator.Tags()["tensors"])
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to mount a small tmpfs")
+def test_tensorboard_on_a_full_disk_says_so_once_and_no_thread_dies(tmp_path):
+    said: list[str] = []
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
+    try:
+        feed = Trackers([trackers.TensorBoard(str(disk), {"lr": 0.1})], said.append)
+        for step in range(3000):
+            feed.record({"kind": "compile", "step": step, "seconds": 1.0, "time": 1.7e9})
+        feed.close()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    assert len(said) == 1 and "TensorBoard failed" in said[0] and "No space left on device" in said[0], said
+
+
 class Failing:
     name = "Failing"
     taken = 0

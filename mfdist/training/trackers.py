@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import json
 import math
 import os
 import queue
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -26,7 +29,6 @@ from mfdist.log import Record
 
 REMOTE = ("mlflow", "wandb")
 """Values of --track; each is the name of its library and of an extra of the package."""
-NEVER_SECONDS = 10**8
 PATIENCE_SECONDS = 60.0
 """How long the end of a run waits for a tracker that has not taken everything."""
 Scalar = tuple[str, float]
@@ -183,37 +185,66 @@ class TensorBoard:
 
     def __init__(self, run: str, config: Mapping[str, Any]) -> None:
         self._folder, self._config = storage.join(storage.local_path(run), "tensorboard"), config
-        self._writer: Any = None
+        self._events: Any = None
+        self._summaries: Any = None
 
     def open(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+        self._summaries = importlib.import_module("torch.utils.tensorboard.summary")
         storage.remove(self._folder)
-        # A viewer forgets what it has read. Only flush() flushes: the writer's own thread would fail alone.
-        self._writer = SummaryWriter(self._folder, purge_step=0, flush_secs=NEVER_SECONDS)
+        self._events = _EventFile(self._folder)
         lines = ["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in self._config.items())]
-        self._writer.add_text("configuration", "\n".join(lines), 0)
+        self._events.add(self._summaries.text("configuration", "\n".join(lines)), 0, time.time())
 
     def take(self, record: Record) -> None:
         for tag, value in scalars(record):
+            summary = self._summaries.scalar(tag, value)
             if tag.startswith("error/floor"):  # a level line
-                self._writer.add_scalar(tag, value, 0)
-            self._writer.add_scalar(tag, value, record["step"])
+                self._events.add(summary, 0, record["time"])
+            self._events.add(summary, record["step"], record["time"])
         if record["kind"] == "result":
-            self._write_hyper_parameters(dict(scalars(record)))
+            for summary in self._summaries.hparams(self._plain_config(), dict(scalars(record))):
+                self._events.add(summary, 0, record["time"])
 
-    def _write_hyper_parameters(self, results: dict[str, float]) -> None:
-        summary_of: Any = importlib.import_module("torch.utils.tensorboard.summary").hparams
-        plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value)
-                 for key, value in self._config.items()}  # fmt: skip
-        for summary in summary_of(plain, results):
-            self._writer.file_writer.add_summary(summary)
+    def _plain_config(self) -> dict[str, Any]:
+        return {key: value if isinstance(value, (bool, int, float, str)) else str(value)
+                for key, value in self._config.items()}  # fmt: skip
 
     def flush(self) -> None:
-        self._writer.flush()
+        self._events.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self._events.flush()
+
+
+class _EventFile:
+    """A file of TensorBoard's events, written by the thread that calls, and open only while it is written.
+
+    The library's own ``SummaryWriter`` writes from a thread of its own, which ends with a traceback on a full disk.
+    """
+
+    def __init__(self, folder: str) -> None:
+        record_writer = importlib.import_module("tensorboard.summary.writer.record_writer")
+        self._proto = importlib.import_module("tensorboard.compat.proto.event_pb2")
+        os.makedirs(folder, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._path, self._waiting = os.path.join(folder, name), io.BytesIO()
+        self._records = record_writer.RecordWriter(self._waiting)
+        self._write(wall_time=time.time(), file_version="brain.Event:2")
+        start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._write(wall_time=time.time(), step=0, session_log=start)  # a viewer forgets what it has read
+
+    def add(self, summary: Any, step: int, wall_time: float) -> None:
+        """``wall_time``: seconds since 1970. In the file after :meth:`flush`."""
+        self._write(wall_time=wall_time, step=step, summary=summary)
+
+    def _write(self, **fields: Any) -> None:
+        self._records.write(self._proto.Event(**fields).SerializeToString())
+
+    def flush(self) -> None:
+        with open(self._path, "ab") as stream:
+            stream.write(self._waiting.getvalue())
+        self._waiting.seek(0)
+        self._waiting.truncate()
 
 
 class MLflow:
