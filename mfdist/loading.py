@@ -1,4 +1,4 @@
-"""A word while a program loads its libraries, which takes some seconds on a slow disk or a busy machine."""
+"""A word while a program loads its libraries or meets its ranks: seconds, on a slow disk or a busy machine."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ TEXT = "loading ..."
 
 
 @contextlib.contextmanager
-def loading() -> Iterator[None]:
-    """Around the imports of a program: says so on a terminal where they take longer, and leaves no trace."""
+def loading(text: str = TEXT) -> Iterator[None]:
+    """Around the imports of a program, or another wait before its console stands: says ``text`` on a terminal where it
+    takes longer, in the first rank of a host, and leaves no trace."""
     if not sys.stderr.isatty() or os.environ.get("LOCAL_RANK", "0") != "0":
         yield
         return
@@ -25,7 +26,7 @@ def loading() -> Iterator[None]:
         while not done.wait(PATIENCE_SECONDS):
             said.set()
             seconds += 1
-            sys.stderr.write(f"\r{TEXT} {seconds} s")
+            sys.stderr.write(f"\r{text} {seconds} s")
             sys.stderr.flush()
 
     thread = threading.Thread(target=speak, name="loading", daemon=True)
@@ -36,5 +37,5 @@ def loading() -> Iterator[None]:
         done.set()
         thread.join()
         if said.is_set():
-            sys.stderr.write("\r" + " " * (len(TEXT) + 8) + "\r")
+            sys.stderr.write("\r" + " " * (len(text) + 8) + "\r")
             sys.stderr.flush()

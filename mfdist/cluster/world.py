@@ -28,6 +28,7 @@ from mfdist.cluster import meeting, shared_memory
 from mfdist.cluster.shared_memory import SharedMemory
 from mfdist.cluster.transport import Transport
 from mfdist.errors import LostRankError, MfdistError, UsageError
+from mfdist.loading import loading
 
 Floats = npt.NDArray[np.float64]
 T = TypeVar("T")
@@ -309,11 +310,12 @@ def _connect(device: str, timeout_seconds: float) -> World:
         size = 1
     if started_alone or meeting.one_host(size):
         meeting.keep_to_loopback()
-    store = dist.HashStore() if started_alone else meeting.store_of_ranks(rank, size, timeout)
-    if store is None:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    with loading("waiting for the other ranks ..."):
+        store = dist.HashStore() if started_alone else meeting.store_of_ranks(rank, size, timeout)
+        if store is None:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     if size > 1:
         _notice_lost_hosts()
     return World(rank, size, chosen, connected=True, timeout_seconds=timeout_seconds)

@@ -85,7 +85,8 @@ def _train(
     with console.busy("looking at the dataset's files"):
         opened = _open_loader(config, dataset, world)
     with StopWatch(watched, config.max_minutes) as watch, opened as loader:
-        session = build(config, dataset, world, console, loader, may_save)
+        with console.busy("making the model and its steps"):
+            session = build(config, dataset, world, console, loader, may_save)
         trackers = open_trackers(session.run, config.track, to_dict(config), console.warn) if world.is_main else None
         try:
             with console.busy("filling the tables"):
