@@ -16,7 +16,7 @@ from test_report import HEADLINE, a_report, an_epoch
 from mfdist.cluster.world import World
 from mfdist.pages.charts import Event, Interval, Level, Series, bar_chart, interval_chart, line_chart, row_chart
 from mfdist.pages.page import percent, seconds
-from mfdist.pages.scales import Scale, short, span
+from mfdist.pages.scales import Scale, short, short_all, span
 from mfdist.prepare.report import write_dataset_report
 from mfdist.results.comparison_page import comparison_page
 from mfdist.results.error_sums import ErrorSums
@@ -150,6 +150,18 @@ def test_axes_have_round_ticks():
     assert Scale(1, 100, 0, 100, log=True).at(10) == pytest.approx(50)
     assert span([]) == (0.0, 1.0) and span([5.0]) == (4.75, 5.25) and span([float("nan"), 2, 4], from_zero=True)[0] == 0
     assert [short(v) for v in (1234567, 35000, 0.95, 0)] == ["1.23 M", "35 k", "0.95", "0"]
+
+
+def test_ticks_are_told_apart_by_as_many_digits_as_it_takes():
+    assert short_all([1.296, 1.2961, 1.2962]) == ["1.296", "1.2961", "1.2962"]
+    assert short_all([1_000_000.0, 1_000_500.0]) == ["1 M", "1.0005 M"]
+    assert short_all([0.9, 1.0]) == ["0.9", "1"] and short_all([]) == []
+
+
+def test_what_is_all_but_equal_spans_little_of_an_axis():
+    low, high = span([1.29600, 1.29601], least=5e-4)
+    assert high - low == pytest.approx(5e-4 * 1.29601) and low < 1.296 < 1.29601 < high
+    assert span([1.0, 2.0], least=5e-4) == span([1.0, 2.0])
     assert [seconds(v) for v in (0.44, 12.4, 200, 7500)] == ["0.4 s", "12 s", "3 min 20 s", "2 h 05 min"]
 
 

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from mfdist.pages.scales import Scale, short, span
+from mfdist.pages.scales import Scale, short, short_all, span
 
 WIDTH, HEIGHT = 370, 250
 LEFT, RIGHT, TOP, BOTTOM = 60, 14, 14, 40
 TONES = ("a", "b", "c", "d", "e", "f")
 """Classes of colours, see ``templates/base.html``; ``muted`` is the seventh."""
+ALL_BUT_EQUAL = 5e-4
+"""Values within this share of each other are drawn as what they are: nearly the same."""
 LETTER = 7.5
 """Width of a letter, about."""
 MOST_LETTERS = 48
@@ -69,7 +71,7 @@ def line_chart(
     xs = [px for px, _ in points] + [event.x for event in events]
     ys = [py for _, py in points] + [level.y for level in levels]
     across = Scale(*span(xs, log=log_x), LEFT, WIDTH - RIGHT, log_x)
-    up = Scale(*span(ys, log=log_y, from_zero=from_zero), HEIGHT - BOTTOM, TOP, log_y)
+    up = Scale(*span(ys, log=log_y, from_zero=from_zero, least=ALL_BUT_EQUAL), HEIGHT - BOTTOM, TOP, log_y)
     parts = _up_axis(up, y)
     ticks = _ticks(across, whole_x or years, names, years)
     parts += _across_axis(across, x, HEIGHT, [tick for tick in ticks if tick[0] >= min(xs) or not whole_x])
@@ -176,7 +178,8 @@ def _ticks(across: Scale, whole: bool, names: Sequence[str], years: bool) -> lis
         first, last = math.ceil(across.low * 12), math.floor(across.high * 12)
         months = range(first, last + 1, max(1, (last - first) // 5))
         return [(month / 12, f"{month // 12}-{month % 12 + 1:02d}") for month in months]
-    return [(value, f"{value:.0f}" if years else short(value)) for value in across.ticks(7, whole)]
+    values = across.ticks(7, whole)
+    return list(zip(values, [f"{value:.0f}" for value in values] if years else short_all(values), strict=True))
 
 
 def _every(names: Sequence[str], width: float) -> int:
@@ -185,12 +188,12 @@ def _every(names: Sequence[str], width: float) -> int:
 
 
 def _up_axis(up: Scale, name: str) -> list[Markup]:
-    parts = []
-    for value in up.ticks():
+    parts, ticks = [], up.ticks()
+    for value, text in zip(ticks, short_all(ticks), strict=True):
         y = up.at(value)
         parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
             LEFT, WIDTH - RIGHT, y, y))  # fmt: skip
-        parts.append(_text(short(value), LEFT - 6, y + 4, "end"))
+        parts.append(_text(text, LEFT - 6, y + 4, "end"))
     middle = (TOP + HEIGHT - BOTTOM) / 2
     turned = Markup('<text class="name" text-anchor="middle" transform="translate(11 {:.0f}) rotate(-90)">{}</text>')
     return [*parts, turned.format(middle, name)]

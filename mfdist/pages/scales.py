@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -33,8 +34,13 @@ class Scale:
         return [round(step * k, 12) for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def span(values: Iterable[float], *, log: bool = False, from_zero: bool = False) -> tuple[float, float]:
-    """(low, high) of an axis that holds all ``values`` with some air; (0, 1), or (1, 10), of none."""
+def span(
+    values: Iterable[float], *, log: bool = False, from_zero: bool = False, least: float = 0.0
+) -> tuple[float, float]:
+    """(low, high) of an axis that holds all ``values`` with some air; (0, 1), or (1, 10), of none.
+
+    ``least``: how much of the largest value it spans at least, so that what is all but equal looks so.
+    """
     known = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
     if not known:
         return (1.0, 10.0) if log else (0.0, 1.0)
@@ -42,16 +48,26 @@ def span(values: Iterable[float], *, log: bool = False, from_zero: bool = False)
     if log:
         return low / 1.3, max(high, 1.5 * low) * 1.3
     air = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    air = max(air, (least * max(abs(low), abs(high)) - (high - low)) / 2)
     return (0.0 if from_zero and low >= 0 else low - air), high + air
 
 
-def short(value: float) -> str:
-    """A number as an axis shows it: 1.2 M, 35 k, 0.95."""
+MOST_DIGITS = 15
+
+
+def short(value: float, digits: int = 4) -> str:
+    """A number as an axis shows it: 1.23 M, 35 k, 0.95."""
     size = abs(value)
     for limit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if size >= limit:
-            return f"{value / limit:.3g}{name}"
-    return f"{value:.4g}"
+            return f"{value / limit:.{digits - 1}g}{name}"
+    return f"{value:.{digits}g}"
+
+
+def short_all(values: Sequence[float]) -> list[str]:
+    """The ticks of an axis: as many digits, 4 or more, as tell them apart."""
+    written = (list(map(functools.partial(short, digits=digits), values)) for digits in range(4, MOST_DIGITS + 1))
+    return next((texts for texts in written if len({*texts}) == len({*values})), [str(value) for value in values])
 
 
 def _round_step(rough: float, whole: bool) -> float:
