@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import make_dataset, sorted_rows, training_rows, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -203,6 +204,29 @@ def test_a_later_pass_reads_no_file_where_the_rows_fit(tmp_path: Path) -> None:
     assert large.stats.rows == 4000 and large.stats.decode_seconds > 0
     with pytest.raises(DataError, match=r"lane-0000\d.parquet, row group 0"):
         list(small.epoch(0))
+
+
+@pytest.mark.parametrize("stop_fraction", [0.0, 0.15])
+@pytest.mark.parametrize("block_rows", [0, 32])
+def test_rows_that_lie_on_the_device_make_the_same_batches(
+    tmp_path: Path, stop_fraction: float, block_rows: int
+) -> None:
+    order = {"order": "blocks", "block_rows": block_rows} if block_rows else {}
+    dataset = make_dataset(tmp_path, 3000, 5, row_group=200, **order)
+    options = {"batch_size": 64, "seed": 4, "rank": 1, "world_size": 2, "stop_fraction": stop_fraction}
+    with Loader(dataset, **options) as host, Loader(dataset, rows_on_device=True, **options) as device:
+        assert list(map(len, map(rows_of, device.epoch(0, 3)))) and not device.stats.on_device
+        for epoch, start in ((0, 0), (1, 0), (2, 5), (3, host.num_steps)):
+            expected, got = list(host.epoch(epoch, start)), list(device.epoch(epoch, start))
+            assert [(b.step, b.global_rows) for b in got] == [(b.step, b.global_rows) for b in expected]
+            for mine, other in zip(got, expected, strict=True):
+                for name in ("user", "item", "rating"):
+                    assert torch.equal(getattr(mine, name), getattr(other, name))
+                    assert getattr(mine, name).dtype == getattr(other, name).dtype
+        assert device.stats.on_device and not host.stats.on_device
+        for file in tmp_path.glob("train/*"):
+            file.write_bytes(b"gone")
+        assert sum(len(batch.user) for batch in device.epoch(4)) > 0
 
 
 def prefetch_threads() -> list[str]:

@@ -24,6 +24,8 @@ from mfdist.data.row_groups import Columns, RatingFile, Unit
 
 BLOCK_ROWS = 1 << 18
 AHEAD_BYTES = 64 << 20
+POSITION = np.int32
+"""What the positions of rows that lie on a device are."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -67,7 +69,8 @@ class Pool:
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """What an epoch is made of. ``pieces``: of each of the rank's ``lanes``; ``read(i, unit)``: the decoded rows of a
-    unit of the i-th of them; ``block_rows``: rows that stay together in the order ``blocks``, else 0."""
+    unit of the i-th of them; ``block_rows``: rows that stay together in the order ``blocks``, else 0; ``types``: of
+    user, item and rating."""
 
     order: BatchOrder
     lanes: range
@@ -76,18 +79,16 @@ class Source:
     seed: int
     stop_fraction: float
     block_rows: int
-    user_dtype: Any
-    item_dtype: Any
+    types: tuple[Any, Any, Any]
     pool: Pool
 
 
 @dataclass(frozen=True, slots=True)
 class AssembledBlock:
-    """Consecutive steps of a rank, one after the other in three tensors; ``sizes``: the rank's rows of each step."""
+    """Consecutive steps of a rank, one after the other. ``columns``: user, item and rating, or the rows' positions
+    alone (``device_rows``); ``sizes``: the rank's rows of each step."""
 
-    user: torch.Tensor
-    item: torch.Tensor
-    rating: torch.Tensor
+    columns: tuple[torch.Tensor, ...]
     first_step: int
     sizes: list[int]
 
@@ -99,19 +100,25 @@ class OpenUnit:
 
     def __init__(self, first: int) -> None:
         self.first = first  # its first row's number in the lane's epoch order
-        self.columns: Columns
-        self.layout: tuple[int, ...]  # first row, rows, addresses of user, item, rating: for ``scatter_units``
+        self.columns: list[npt.NDArray[Any]]
+        self.layout: tuple[int, ...]  # first row, rows, the address of each column: for ``scatter_units``
 
-    def fill(self, columns: Columns) -> None:
+    def fill(self, columns: list[npt.NDArray[Any]]) -> None:
         self.columns = columns
-        self.layout = (self.first, len(columns.user), *(column.ctypes.data for column in columns[:3]))
+        self.layout = (self.first, len(columns[0]), *(column.ctypes.data for column in columns))
 
 
 class EpochPlan:
-    """One pass over an epoch: the calls that load units and assemble blocks, in the order of the blocks."""
+    """One pass over an epoch: the calls that load units and assemble blocks, in the order of the blocks.
 
-    def __init__(self, source: Source, epoch: int, start_step: int) -> None:
+    ``firsts``: where given, blocks hold positions (POSITION) alone: of the u-th unit of the i-th lane from
+    ``firsts[i][u]`` on, in file order without stop rows.
+    """
+
+    def __init__(self, source: Source, epoch: int, start_step: int, firsts: list[list[int]] | None = None) -> None:
         self._source, self._epoch, self._start = source, epoch, start_step
+        self._positions = firsts
+        self._types = source.types if firsts is None else (POSITION,)
         self._turns = [self._turn(index) for index in range(len(source.lanes))]
         self._firsts = [
             np.cumsum([0, *(source.pieces[index][unit].rows for unit in turn)], dtype=np.int64)
@@ -162,31 +169,36 @@ class EpochPlan:
         return lambda: self._assemble(step, cuts, needed)
 
     def _load(self, index: int, number: int, unit: OpenUnit) -> None:
-        """Decode unit ``number`` of a lane and permute its rows while they are in the cache."""
+        """Decode unit ``number`` of a lane and permute its rows, or their positions alone, while they are cached."""
         source = self._source
-        columns = source.read(index, number)
         rows = source.pieces[index][number].rows
         key = shuffle.key_of(shuffle.ROWS, source.seed, self._epoch, source.lanes[index], number)
         order = self._order_buffer(rows)
+        if self._positions is not None:
+            shuffle.permute_into(order, np.uint64(key), source.block_rows)
+            positions = self._pool.take(rows, self._types[0])
+            np.add(order, self._positions[index][number], out=positions, casting="unsafe")
+            unit.fill([positions])
+            return
+        columns = source.read(index, number)
         shuffle.permute_into(order, np.uint64(key), source.block_rows)
         if source.stop_fraction:
             shuffle.compose(select(columns, source.seed, source.stop_fraction, stop=False), order)
         permuted = [self._pool.take(rows, column.dtype) for column in columns[:3]]
         for given, target in zip(columns[:3], permuted, strict=True):
             shuffle.gather(given, order, target)
-        unit.fill(Columns(*permuted))
+        unit.fill(permuted)
 
     def _assemble(self, first_step: int, cuts: Ints, needed: list[list[OpenUnit]]) -> AssembledBlock:
         """``cuts``: int64 (lanes, steps + 1)."""
         starts = np.empty(cuts.shape[1], np.int64)
         where = shuffle.destinations(cuts, starts)
-        types = (self._source.user_dtype, self._source.item_dtype, np.float32)
-        targets = [self._pool.take(int(starts[-1]), dtype) for dtype in types]
+        targets = [self._pool.take(int(starts[-1]), dtype) for dtype in self._types]
         units = [(index, *unit.layout) for index, of_lane in enumerate(needed) for unit in of_lane]
         for column, target in enumerate(targets):
-            shuffle.scatter_units(np.array(units, np.uint64).reshape(-1, 6), column, target, cuts, where)
-        user, item, rating = map(torch.from_numpy, targets)
-        return AssembledBlock(user, item, rating, first_step, np.diff(starts).tolist())
+            layouts = np.array(units, np.uint64).reshape(-1, 3 + len(targets))
+            shuffle.scatter_units(layouts, column, target, cuts, where)
+        return AssembledBlock(tuple(map(torch.from_numpy, targets)), first_step, np.diff(starts).tolist())
 
     def _order_buffer(self, rows: int) -> npt.NDArray[np.uint32]:
         kept: npt.NDArray[np.uint32] | None = getattr(self._scratch, "order", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -17,10 +17,14 @@ class DeviceFeed:
 
     A slot's pinned buffers are written again only after the event behind its last copy: the host waits there at most
     once a block, and only when it is SLOTS blocks ahead. The consumer's stream waits for a block's copy by an event.
+    ``then``: done to a block behind its copy, on the side stream.
     """
 
-    def __init__(self, blocks: Iterator[AssembledBlock], device: torch.device) -> None:
-        self._blocks, self._device = blocks, device
+    def __init__(
+        self, blocks: Iterator[AssembledBlock], device: torch.device,
+        then: Callable[[AssembledBlock], AssembledBlock] | None = None,
+    ) -> None:  # fmt: skip
+        self._blocks, self._device, self._then = blocks, device, then
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pinned: list[list[torch.Tensor]] = [[] for _ in range(SLOTS)]
         self._copied = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]
@@ -41,7 +45,7 @@ class DeviceFeed:
         block, copied = self._ready.popleft()
         current = torch.cuda.current_stream(self._device)
         current.wait_event(copied)
-        for tensor in (block.user, block.item, block.rating):
+        for tensor in block.columns:
             tensor.record_stream(current)  # the allocator must not reuse it while that stream still reads
         return block
 
@@ -49,7 +53,7 @@ class DeviceFeed:
         slot = self._number % SLOTS
         self._number += 1
         self._copied[slot].synchronize()
-        given = (block.user, block.item, block.rating)
+        given = block.columns
         pinned = self._pinned[slot]
         if not pinned or len(pinned[0]) < len(given[0]):
             pinned[:] = [torch.empty_like(tensor, pin_memory=True) for tensor in given]
@@ -58,6 +62,9 @@ class DeviceFeed:
             for tensor, buffer in zip(given, pinned, strict=True):
                 staged = buffer[: len(tensor)].copy_(tensor)
                 sent.append(staged.to(self._device, non_blocking=True))
+            ready = AssembledBlock(tuple(sent), block.first_step, block.sizes)
+            if self._then:
+                ready = self._then(ready)
             self._copied[slot] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied[slot].record(self._stream)
-        return AssembledBlock(sent[0], sent[1], sent[2], block.first_step, block.sizes), self._copied[slot]
+        return ready, self._copied[slot]

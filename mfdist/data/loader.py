@@ -11,7 +11,7 @@ of steps; its share of a step may be empty. The state is {epoch, step} and finge
 How it is done: prefetch threads decode the next unit (row group) of a lane, permute it while it is in the cache, and
 assemble many steps at once into a *block* of about 2^18 rows, of which batches are slices. In memory are at most one
 unit open and one ahead per lane, and the blocks ahead; where the rank's decoded rows fit as well, they stay after the
-first pass and later epochs read no file.
+first pass and later epochs read no file: on the host, or on the GPU that they are for (``device_rows``).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from mfdist import storage
 from mfdist.data.batch_blocks import AssembledBlock, EpochPlan, Piece, Pool, Source, select
 from mfdist.data.batch_order import ORDER_VERSION, BatchOrder, lanes_of_rank
 from mfdist.data.dataset import Dataset, FileEntry, checksum
+from mfdist.data.device_rows import DeviceRows, fits_on_device
 from mfdist.data.prefetch import Prefetcher
 from mfdist.data.row_groups import Columns, Counters, RatingFile
 from mfdist.data.scan import id_dtype, open_lane
@@ -57,11 +58,13 @@ class Batch:
 
 @dataclass
 class LoaderStats:
-    """Figures since the loader was made: seconds the consumer waited, seconds of decoding (all threads), rows given."""
+    """Figures since the loader was made: seconds the consumer waited, seconds of decoding (all threads), rows given;
+    whether decoded rows stay, and whether they lie on the device by now."""
 
     wait_seconds: float = 0.0
     rows: int = 0
     resident: bool = False
+    on_device: bool = False
     counters: Counters = field(default_factory=Counters)
 
     @property
@@ -77,6 +80,7 @@ class Loader:
     """See the module. ``threads``: prefetch threads; ``memory_bytes``: what decoded rows may take to stay resident
     (default a quarter of the machine's free memory, shared by its ranks). ``reduce`` sums an int array over ranks: with
     it (collective then, in the constructor) each rank counts the stop rows of its own lanes only, without it of all.
+    ``rows_on_device``: whether resident rows go to the device where they fit (default: to a GPU).
 
     UsageError: more ranks than lanes. DataError: a file missing, changed, truncated or not as the manifest says.
     """
@@ -84,10 +88,12 @@ class Loader:
     def __init__(
         self, dataset: Dataset, *, batch_size: int, seed: int, rank: int, world_size: int, stop_fraction: float = 0.0,
         device: str | torch.device = "cpu", threads: int | None = None, memory_bytes: int | None = None,
+        rows_on_device: bool | None = None,
         reduce: Callable[[npt.NDArray[np.float64]], npt.ArrayLike] | None = None,
     ) -> None:  # fmt: skip
         self.dataset, self.seed, self.stop_fraction = dataset, seed, stop_fraction
         self.device = torch.device(device)
+        self._moves = self.device.type == "cuda" if rows_on_device is None else rows_on_device
         num_lanes = len(dataset.manifest.lanes)
         if world_size > num_lanes:
             raise UsageError(
@@ -98,6 +104,7 @@ class Loader:
         self._threads = threads or default_threads(world_size)
         self._lanes = lanes_of_rank(num_lanes, rank, world_size)
         self._resident: dict[tuple[int, int], Columns] = {}
+        self._on_device: tuple[DeviceRows, list[list[int]]] | None = None
         with ThreadPoolExecutor(max_workers=max(self._threads, 8)) as pool:
             _verify_small(dataset, self._lanes, pool)
             counted = self._lanes if reduce or not stop_fraction else range(num_lanes)
@@ -108,8 +115,8 @@ class Loader:
         manifest = dataset.manifest
         self._source = Source(
             order=self.order, lanes=self._lanes, pieces=self._pieces, read=self._columns, seed=seed,
-            stop_fraction=stop_fraction, user_dtype=id_dtype(manifest.num_users),
-            item_dtype=id_dtype(manifest.num_items), pool=Pool(POOL_BYTES),
+            stop_fraction=stop_fraction, pool=Pool(POOL_BYTES),
+            types=(id_dtype(manifest.num_users), id_dtype(manifest.num_items), np.float32),
             block_rows=int(manifest.extra.get("block_rows", 512)) if manifest.order == "blocks" else 0,
         )  # fmt: skip
         self.stats.resident = self._fits(memory_bytes, world_size)
@@ -132,7 +139,8 @@ class Loader:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of ``epoch`` from ``start_step`` on. Leaving the loop early ends the prefetch threads."""
         assert 0 <= start_step <= self.num_steps
-        plan = EpochPlan(self._source, epoch, start_step)
+        self._move_to_device()
+        plan = EpochPlan(self._source, epoch, start_step, self._on_device and self._on_device[1])
         prefetcher = Prefetcher(plan.blocks(), self._threads, plan.ahead)
         try:
             yield from self._batches(prefetcher)
@@ -163,6 +171,7 @@ class Loader:
     def close(self) -> None:
         """Give the resident rows back. Threads and files are never held between epochs."""
         self._resident.clear()
+        self._on_device, self.stats.on_device = None, False
 
     def __enter__(self) -> Loader:
         return self
@@ -205,10 +214,7 @@ class Loader:
 
     def _fits(self, memory_bytes: int | None, world_size: int) -> bool:
         """Whether the decoded rows may stay; DataError where not even one unit open and one ahead per lane fit."""
-        manifest = self.dataset.manifest
-        row_bytes = (
-            4 + np.dtype(id_dtype(manifest.num_users)).itemsize + np.dtype(id_dtype(manifest.num_items)).itemsize
-        )
+        row_bytes = self._row_bytes
         rows = sum(piece.unit.rows for pieces in self._pieces for piece in pieces)
         largest = [max(pieces, key=lambda piece: piece.unit.rows) for pieces in self._pieces if pieces]
         window = 2 * row_bytes * sum(piece.unit.rows for piece in largest)
@@ -222,19 +228,48 @@ class Loader:
         limit = free // 4 if memory_bytes is None else memory_bytes
         return bool(row_bytes * rows <= limit)
 
+    @property
+    def _row_bytes(self) -> int:
+        return sum(np.dtype(one).itemsize for one in self._source.types)
+
     # Running ------------------------------------------------------------------------------------------
+
+    def _move_to_device(self) -> None:
+        """Once a pass has made all rows resident, let them lie on the device where they fit."""
+        units = [(lane, unit) for lane, pieces in enumerate(self._pieces) for unit in range(len(pieces))]
+        if not self._moves or self._on_device or not units or not all(unit in self._resident for unit in units):
+            return
+        rows = sum(piece.rows for pieces in self._pieces for piece in pieces)
+        if self.device.type == "cuda" and not fits_on_device(rows, self._row_bytes, self.device):
+            self._moves = False
+            return
+        kept = DeviceRows(map(self._without_stop_rows, units), rows, self.device)
+        firsts = iter(kept.firsts)
+        self._on_device = kept, [[next(firsts) for _ in pieces] for pieces in self._pieces]
+        self.stats.on_device = True
+        self._resident.clear()
+
+    def _without_stop_rows(self, unit: tuple[int, int]) -> Columns:
+        columns = self._resident[unit]
+        if not self.stop_fraction:
+            return columns
+        chosen = select(columns, self.seed, self.stop_fraction, stop=False)
+        return Columns(columns.user[chosen], columns.item[chosen], columns.rating[chosen])
 
     def _batches(self, prefetcher: Prefetcher[AssembledBlock]) -> Iterator[Batch]:
         blocks: Iterator[AssembledBlock] = prefetcher
+        gather = self._on_device[0].gather if self._on_device else None
         if self.device.type == "cuda":
             from mfdist.data.device_feed import DeviceFeed
 
-            blocks = DeviceFeed(prefetcher, self.device)
+            blocks = DeviceFeed(prefetcher, self.device, gather)
+        elif gather:
+            blocks = map(gather, prefetcher)
         waited = prefetcher.wait_seconds
         for block in blocks:
             self.stats.wait_seconds += prefetcher.wait_seconds - waited
             waited = prefetcher.wait_seconds
-            parts = [torch.split(column, block.sizes) for column in (block.user, block.item, block.rating)]
+            parts = [torch.split(column, block.sizes) for column in block.columns]
             for index, size in enumerate(block.sizes):
                 step = block.first_step + index
                 self.stats.rows += size

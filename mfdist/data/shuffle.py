@@ -206,7 +206,7 @@ def _pointer(_context: Any, address: Any, like: Any) -> Any:
 def scatter_units(units: Any, column: int, target: Any, cuts: Any, where: Any) -> None:
     """:func:`scatter_slices` of one column of many units at once: a call for each would cost as much as its copy.
 
-    ``units``: uint64 (units, 6): the lane, the first row, the number of rows, the addresses of the three columns.
+    ``units``: uint64 (units, 3 + columns): the lane, the first row, the number of rows, the address of each column.
     """
     for unit in units:
         source = numba.carray(_pointer(unit[3 + column], target), (np.int64(unit[2]),))  # type: ignore
