@@ -13,7 +13,9 @@ rate; an epoch is left out (compiled code, first touch), then --epochs are timed
 
 ``efficiency``: the hosts' rate over (one host's rate times hosts) of the same round, the median. Where hosts are more
 than cores they share them, which is said. ``waiting``: seconds of a step in which a rank waits for others' messages,
-the mean over ranks; ``bytes``: what leaves a rank in a step, headers, requests, rows and gradients.
+the mean over ranks; ``bytes``: what leaves a rank in a step, headers, requests, rows and gradients. ``apart``: as many
+processes with a core each that train at once and know nothing of each other, the sum of their rates: what cores that
+share a machine's memory can give at most.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ Row = dict[str, Any]
 
 @dataclass
 class System:
-    """A line of the table: ``hosts`` 0 is one process with all cores."""
+    """A line of the table: ``hosts`` 0 is one process with all cores, way "apart" one of processes that do not meet."""
 
     name: str
     data: str
@@ -95,6 +97,8 @@ def list_systems(flags: argparse.Namespace) -> list[System]:
             found.append(System("one process, all cores", data, batch, 0))
             found.append(System("one host, one core", data, batch, 1))
             for hosts in map(int, flags.hosts.split(",")):
+                if hosts <= len(os.sched_getaffinity(0)):
+                    found.append(System(f"{hosts} processes, apart", data, batch, hosts, way="apart"))
                 for wire in flags.wire.split(","):
                     for way in flags.ways.split(","):
                         for delay in delays:
@@ -108,20 +112,21 @@ def measure(system: System, flags: argparse.Namespace) -> Row:
     """Run a system once: the rate of all its ranks, and what rank 0 says of a step."""
     size, cores = max(system.hosts, 1), sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        alone = size == 1 or flags.loopback
+        apart = system.way == "apart"
+        alone = size == 1 or flags.loopback or apart
         if alone:
             places, address = [[]] * size, "127.0.0.1"
         else:
             places, address = stack.enter_context(network(size, system.delay_ms, flags.gbps)), f"{PREFIX}.1"
         processes = []
         for rank in range(size):
-            task = {"data": system.data, "run": f"{folder}/run", "batch": system.batch, "epochs": flags.epochs,
-                    "wire": system.wire, "way": system.way}  # fmt: skip
+            task = {"data": system.data, "run": f"{folder}/run-{rank if apart else 0}", "batch": system.batch,
+                    "epochs": flags.epochs, "wire": system.wire, "way": system.way}  # fmt: skip
             threads = len(cores) if system.hosts == 0 else 1
             pins = cores if system.hosts == 0 else [cores[rank % len(cores)]]
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads),
                            "GLOO_SOCKET_IFNAME": "lo" if alone else "eth0"}  # fmt: skip
-            if size > 1:
+            if size > 1 and not apart:
                 environment |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": address,
                                 "MASTER_PORT": str(PORT), "LOCAL_RANK": str(rank if alone else 0),
                                 "LOCAL_WORLD_SIZE": str(size if alone else 1)}  # fmt: skip
@@ -133,6 +138,8 @@ def measure(system: System, flags: argparse.Namespace) -> Row:
         if any(codes):
             raise SystemExit(f"{system.name}: the ranks ended with {codes}")
     found: Row = json.loads(said[0].splitlines()[-1])
+    if apart:
+        found["ratings_per_second"] = sum(json.loads(one.splitlines()[-1])["ratings_per_second"] for one in said)
     return found
 
 
