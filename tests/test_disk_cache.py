@@ -207,3 +207,30 @@ def test_what_a_kernel_takes_from_around_it_has_one_name_in_all_processes():
     assert said[0].stdout == said[1].stdout
     kernel, marks, number, _ = said[0].stdout.splitlines()
     assert "_search" in kernel and marks in kernel and marks.startswith("mfdist.kernels.dot_tiles.") and number == "3"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to mount a folder that cannot be written")
+def test_a_new_folder_begins_with_what_an_image_has_compiled(tmp_path):
+    """As in a pod: the image's folder is read-only, the one that NUMBA_CACHE_DIR names is new."""
+    image, new = tmp_path / "image", tmp_path / "new"
+    image.mkdir(mode=0o700)
+    program = (
+        "import numpy as np; from mfdist.data import shuffle; order = np.empty(10, np.uint32);"
+        "shuffle.permute_into(order, np.uint64(1), 0); print(len(shuffle.permute_into.stats.cache_misses), order.sum())"
+    )
+
+    def run(**places):
+        environment = {key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"} | {
+            "PYTHONPATH": str(ROOT), "HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(image), **places
+        }  # fmt: skip
+        return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+
+    assert run().stdout == "1 45\n"
+    subprocess.run(["mount", "--bind", str(image), str(image)], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(image)], check=True)
+        assert run(NUMBA_CACHE_DIR=str(new)).stdout == "0 45\n"
+        (folder,) = (new / "mfdist").glob("data-*")
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and not list((new / "mfdist").glob("tmp*"))
+    finally:
+        subprocess.run(["umount", "-l", str(image)], check=True)

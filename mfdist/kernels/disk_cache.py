@@ -8,7 +8,8 @@ numba unpickles what it finds, so whoever writes there runs code as us. Taken is
     a folder of this process alone               nothing above is ours: another user made it first, or may write there
 
 In it there is one folder for each state of the sources of a room (``data``, ``kernels`` ...), so that checkouts of the
-same source share what they have compiled. A file that is empty, cut off or damaged counts as missing.
+same source share what they have compiled. A file that is empty, cut off or damaged counts as missing. A folder that is
+new begins with what one behind it in the list holds that can be read but not written: that of a container's image.
 """
 
 from __future__ import annotations
@@ -65,16 +66,20 @@ def _candidates() -> Iterator[tuple[str, bool]]:
 
 
 def _is_ours(path: str, trusted: bool) -> bool:
-    """Make ``path`` where it is missing; whether it is this user's alone, and safe above (or ``trusted`` there)."""
+    """Make ``path`` where it is missing; whether this user may write it, and it is safe."""
     try:
         _make(Path(path))
-        found = os.lstat(path)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-            return False
-        above = [] if trusted else Path(os.path.realpath(path)).parents
-        return os.access(path, os.W_OK | os.X_OK) and all(_keeps_others_out(parent.stat()) for parent in above)
+        return os.access(path, os.W_OK | os.X_OK) and _is_safe(path, trusted)
     except OSError:
         return False
+
+
+def _is_safe(path: str, trusted: bool) -> bool:
+    """Whether a folder is this user's alone, and safe above (or ``trusted`` there)."""
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        return False
+    return trusted or all(_keeps_others_out(parent.stat()) for parent in Path(os.path.realpath(path)).parents)
 
 
 def _make(path: Path) -> None:
@@ -93,13 +98,29 @@ def _keeps_others_out(found: os.stat_result) -> bool:
 @functools.cache
 def folder_of(room: str) -> str:
     """The folder for the compiled functions of a room, for its sources as they are."""
-    path = os.path.join(folder(), f"{room}-{sources_of(room)}")
+    name = f"{room}-{sources_of(room)}"
+    path = os.path.join(folder(), name)
     with contextlib.suppress(OSError):  # another process makes it at this moment; what cannot be written is not kept
         if not os.path.isdir(path):
             _remove_unused()
-            os.mkdir(path, FOLDER_MODE)
+            _make_complete(path, name)
         os.utime(path)
     return path
+
+
+def _make_complete(path: str, name: str) -> None:
+    """Make a room's folder, with what a folder that cannot be written has of the same sources; OSError where it is."""
+    fresh = tempfile.mkdtemp(dir=os.path.dirname(path))
+    try:
+        for other, trusted in _candidates():
+            given = os.path.join(other, name)
+            if os.path.isdir(given) and not os.access(given, os.W_OK) and _is_safe(other, trusted):
+                shutil.copytree(given, fresh, dirs_exist_ok=True)
+                os.chmod(fresh, FOLDER_MODE)
+                break
+        os.rename(fresh, path)  # whole at once: ranks that start together find all of it or make it themselves
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 @functools.cache
