@@ -70,7 +70,9 @@ def exit_code_of(job: Callable[[], int | None]) -> int:
 
 def _exit_code_of(job: Callable[[], int | None]) -> int:
     try:
-        return job() or 0
+        code = job() or 0
+        sys.stdout.flush()
+        return code
     except MfdistError as error:
         if not error.said_elsewhere:
             kind = "stopped" if error.exit_code == StopRequested.exit_code else "error"

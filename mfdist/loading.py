@@ -16,7 +16,7 @@ TEXT = "loading ..."
 def loading(text: str = TEXT) -> Iterator[None]:
     """Around the imports of a program, or another wait before its console stands: says ``text`` on a terminal where it
     takes longer, in the first rank of a host, and leaves no trace."""
-    if not sys.stderr.isatty() or os.environ.get("LOCAL_RANK", "0") != "0":
+    if sys.stderr is None or not sys.stderr.isatty() or os.environ.get("LOCAL_RANK", "0") != "0":
         yield
         return
     done, said = threading.Event(), threading.Event()

@@ -35,8 +35,9 @@ def end(code: int) -> NoReturn:
     vars(threading)["_shutdown"]()  # as the interpreter does: executors' threads are told to end, others waited for
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a console that is gone, or closed
-            stream.flush()
+        if stream is not None:  # the program was started without it (>&-)
+            with contextlib.suppress(OSError, ValueError):  # a console that is gone, or closed
+                stream.flush()
     os._exit(code)
 
 
@@ -98,7 +99,10 @@ _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @contextlib.contextmanager
 def lasting_console() -> Iterator[None]:
-    """Within the block stdout and stderr never fail for want of a reader, or for a letter that they do not have."""
+    """Within the block stdout and stderr never fail for want of a reader, or for a letter that they do not have.
+
+    What cannot be written at the end is lost in silence: who wants to know flushes before.
+    """
     before = sys.stdout, sys.stderr
     for stream in before:
         if stream is not None and hasattr(stream, "reconfigure"):
@@ -110,7 +114,7 @@ def lasting_console() -> Iterator[None]:
             yield
         finally:
             for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(ValueError):  # closed by now
+                with contextlib.suppress(ValueError, OSError):  # closed by now, or on a full disk
                     stream.flush()
             sys.stdout, sys.stderr = before
 
@@ -143,7 +147,8 @@ def use_utf8() -> None:
     if sys.getfilesystemencoding().lower() in ("utf-8", "utf8") or os.environ.get("PYTHONUTF8") == "1":
         return
     os.environ["PYTHONUTF8"] = "1"
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *_without_utf8_option(sys.orig_argv[1:])])
 
 

@@ -19,10 +19,10 @@ from mfdist.__main__ import JOBS
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """# Jobs
 
-Made from the code and `jobs/walk_through.md` by `scripts/document_jobs.py`. `jobs/NAME.py` of a checkout, `mfdist NAME` of an
-installation and `python -m mfdist.jobs.NAME` are the same program (`jobs/baseline_svd.py` is `mfdist baseline`). Those
-that work on several ranks (train, evaluate, recommend, predict, similar) start under torchrun, or under `python -m
-mfdist.launch` (`mfdist launch`), which takes torchrun's flags and passes on the exit codes below. Every job takes
+Made from the code and `jobs/walk_through.md` by `scripts/document_jobs.py`. `jobs/NAME.py` of a checkout, `mfdist NAME`
+of an installation and `python -m mfdist.jobs.NAME` are the same program (`jobs/baseline_svd.py` is `mfdist baseline`).
+Those that work on several ranks (train, evaluate, recommend, predict, similar) start under torchrun, or under `python
+-m mfdist.launch` (`mfdist launch`), which takes torchrun's flags and passes on the exit codes below. Every job takes
 `--config`, a TOML file that sets any of its flags; the command line wins. Every path may be a URL of fsspec. `--help`
 shows the flags that are needed first (here in bold), `--help-all` every one.
 

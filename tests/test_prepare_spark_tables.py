@@ -54,7 +54,7 @@ def prepared(argv: list[str], out: Path) -> str:
     with SparkEngine(None) as engine:
         code, said = ended([*argv, "--out", str(out), *FLAGS], engine)
     assert code == 0, said
-    assert [path.name for path in out.parent.iterdir()] == [out.name]  # no copy is left
+    assert [path.name for path in out.parent.iterdir()] == [out.name] and not (out / ".tables").exists()
     return said
 
 
@@ -127,7 +127,43 @@ def test_a_copy_has_large_row_groups(spark: Any, tmp_path: Path) -> None:
     (path,) = lake_tables.copy(spark, frame, ("user", "item", "rating"), str(tmp_path / "copy"))
     metadata = pq.read_metadata(path)
     assert (metadata.num_rows, metadata.num_row_groups) == (50_000, 1)
-    assert spark.conf.get(lake_tables.BATCH_SETTING) == "16"
+    assert spark.conf.get("spark.sql.execution.arrow.maxRecordsPerBatch") == "16"
+    assert spark.conf.get("spark.sql.files.minPartitionNum", None) is None
+
+
+def test_parts_of_a_table_may_be_equal(spark: Any, tmp_path: Path) -> None:
+    rows = spark.createDataFrame([("u1", "i1", 4.0), ("u2", "i1", 2.0), ("u2", "i2", 5.0)], ["user", "item", "rating"])
+    for _ in range(2):
+        rows.coalesce(1).write.mode("append").orc(str(tmp_path / "orc"))
+    spark.conf.set("spark.sql.files.openCostInBytes", str(64 << 20))
+    spark.conf.set("spark.sql.files.maxPartitionBytes", "100")
+    try:
+        with SparkEngine(None) as engine:
+            argv = [str(tmp_path / "orc"), "--engine", "spark", "--source-format", "orc", "--duplicates", "last"]
+            code, said = ended([*argv, "--out", str(tmp_path / "d"), "--lanes", "1"], engine)
+    finally:
+        spark.conf.unset("spark.sql.files.openCostInBytes")
+        spark.conf.unset("spark.sql.files.maxPartitionBytes")
+    assert code == 0 and "rows in 6" in said, said
+    sources = json.loads((tmp_path / "d/dataset.json").read_text())["sources"]
+    assert len(sources) == 2 and sources[0]["fingerprint"] == sources[1]["fingerprint"]
+
+
+def test_what_a_killed_job_has_left_is_replaced_and_other_settings_copy_nothing(
+    spark: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / "d/.tables/0/000000-1.parquet"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"cut off")
+    monkeypatch.chdir(tmp_path / "d")
+    argv = [str(source / "orc"), "--out", ".", "--engine", "spark", "--source-format", "orc"]
+    with SparkEngine(None) as engine:
+        code, said = ended([*argv, *FLAGS], engine)
+    assert code == 0 and not Path(".tables").exists(), said
+    monkeypatch.setattr(lake_tables, "copy", None)
+    with SparkEngine(None) as engine:
+        code, said = ended([*argv, *FLAGS, "--seed", "9"], engine)
+    assert code == 2 and "of other files or settings" in said
 
 
 def test_a_table_named_twice_counts_once_and_is_not_both(spark: Any, source: Path, tmp_path: Path) -> None:

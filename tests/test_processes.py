@@ -159,6 +159,30 @@ def test_a_table_that_does_not_fit_on_the_disk_is_an_error(monkeypatch, capsys):
     assert "error: No space left on device" in capsys.readouterr().err
 
 
+def test_a_table_that_the_last_flush_cannot_write_is_an_error_too(tmp_path):
+    text = (
+        "import sys; from mfdist import process; from mfdist.errors import exit_code_of;"
+        "process.end(exit_code_of(lambda: print('a table')))"
+    )
+    with open("/dev/full", "w") as full:
+        program = ended(text, tmp_path, stdout=full)
+        _, said = program.communicate(timeout=60)
+    assert program.returncode == 1 and said.startswith(b"error: No space left on device"), said
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_program_that_is_started_without_a_console_ends_as_it_would(tmp_path, closed):
+    text = (
+        "from mfdist import process; from mfdist.loading import loading; from mfdist.errors import exit_code_of\n"
+        "with loading(): pass\n"
+        "process.end(exit_code_of(lambda: print('a table') or 75))"
+    )
+    command = f'exec "$0" -c "$1" {closed}'
+    variables = environment(PYTHONPATH=str(ROOT))
+    done = subprocess.run(["sh", "-c", command, sys.executable, text], cwd=tmp_path, env=variables, timeout=60)
+    assert done.returncode == 75
+
+
 # Folders ------------------------------------------------------------------------------------------
 
 

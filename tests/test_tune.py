@@ -267,6 +267,37 @@ def test_what_a_device_cannot_hold_ends_a_trial(data, tmp_path, monkeypatch):
     assert {trial["ended_early"] for trial in found["trials"]} == {None, "the device has too little memory for it"}
 
 
+def test_a_machine_without_room_ends_the_search_and_no_trial(data, tmp_path, monkeypatch):
+    def no_room(*_):
+        raise UsageError("the tables take 9 GiB, and 1 GiB are free here")
+
+    monkeypatch.setattr(search, "course", steady(no_room))
+    monkeypatch.setattr(search, "check_memory", no_room)
+    with pytest.raises(UsageError, match="1 GiB are free"):
+        tuned(data, tmp_path / "run", trials=3)
+    monkeypatch.setattr(search, "course", steady(lambda config: config.lr))
+    found = tuned(data, tmp_path / "run", trials=3)
+    assert [trial["ended_early"] for trial in found["trials"]] == [None] * 3
+
+
+def test_other_programs_on_a_device_end_the_search_and_no_trial(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 85)
+    search._refuse_full_device(torch.device("cuda"))  # our own
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
+    with pytest.raises(UsageError, match="other programs hold"):
+        search._refuse_full_device(torch.device("cuda"))
+
+
+def test_a_split_that_is_half_removed_is_made_anew(data, tmp_path):
+    dataset = Dataset.open(data)
+    made = inner_splits(dataset, str(tmp_path), 1, 0, Console(False))[0]
+    lost = next((tmp_path / "1/train").iterdir())
+    lost.unlink()
+    again = inner_splits(dataset, str(tmp_path), 1, 0, Console(False))[0]
+    assert lost.exists() and again.manifest == made.manifest
+
+
 def test_best_toml_has_no_flag_of_a_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "course", steady(lambda config: config.lr))
     (tmp_path / "c.toml").write_text(SMALL + 'overwrite = true\nmax-minutes = 5\ntrack = "mlflow"\nseed = 7\n')

@@ -1,6 +1,6 @@
 """A few seconds of the real training, to plan by. ``plan`` starts it, as ranks of ``mfdist.launch`` on this machine:
 
-    python -m mfdist.launch --nproc-per-node=2 -m mfdist.calibration ASKED.json FOUND.json
+    python -m mfdist.launch --nproc-per-node=2 -m mfdist.planning.calibration ASKED.json FOUND.json
 
 Everything is the training's own: loader, tables, kernels, the exchange between processes, evaluation, checkpoints.
 The rows are as in the middle of a run, each touched at some step of the epoch before.
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ VALIDATION_ROWS = 1 << 21
 STORED_BYTES = 128 << 20
 """Of a rank, as a trial of a checkpoint."""
 PATIENCE_SECONDS = 900.0
+STOP_SECONDS = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +106,10 @@ def measure(config: TrainConfig, trials: Sequence[Trial], threads: int) -> list[
         Path(asked).write_text(json.dumps(about))
         command = [sys.executable, "-m", "mfdist.launch", "--standalone", f"--nproc-per-node={processes}", "-m",
                    "mfdist.planning.calibration", asked, found]  # fmt: skip
-        done = subprocess.run(
-            command, env=_environment(threads), capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
-        )
-        if done.returncode:
+        code, said = _launched(command, _environment(threads))
+        if code:
             raise MfdistError(
-                f"the trial on this machine failed: {_said(done.stderr)} --calibrate-seconds 0 plans without times."
+                f"the trial on this machine failed: {_said(said)} --calibrate-seconds 0 plans without times."
             )
         return [Measured(**{**one, "trial": Trial(**one["trial"])}) for one in json.loads(Path(found).read_text())]
     except subprocess.TimeoutExpired:
@@ -120,6 +119,23 @@ def measure(config: TrainConfig, trials: Sequence[Trial], threads: int) -> list[
         ) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _launched(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    """Run the launcher; (exit code, stderr). However this call ends, its workers do not outlive it."""
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as launcher:
+        try:
+            _, said = launcher.communicate(timeout=PATIENCE_SECONDS)
+        except BaseException:  # time, Ctrl-C, a signal that a job answers
+            launcher.terminate()  # which it passes on; killed, it would leave its workers training
+            try:
+                launcher.communicate(timeout=STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                launcher.kill()
+            raise
+    return launcher.returncode, said
 
 
 def lanes_that_fit(config: TrainConfig, manifest: Manifest, trial: Trial, row_bytes: int, free: int) -> int | None:

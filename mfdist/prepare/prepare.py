@@ -219,13 +219,26 @@ def _already(
     dataset = Dataset.open(config.target)
     prints = [source["fingerprint"] for source in dataset.manifest.sources]
     if dataset.manifest.extra.get("request") != request or prints != _fingerprints(sources, console):
-        raise UsageError(
-            f"{storage.redact(config.target)} holds a dataset of other files or settings; choose another --out, or "
-            "replace it with --overwrite."
-        )
+        raise _other_dataset(config.target)
     dataset.check_files()
     console.info(f"{storage.redact(config.target)} is prepared already, from these files with these settings")
     return dataset
+
+
+def refuse_other_settings(config: PrepareConfig) -> None:
+    """UsageError where ``--out`` holds a dataset that was asked for with other settings, whatever its files."""
+    if config.overwrite or not storage.exists(storage.join(config.target, MANIFEST)):
+        return
+    request = Dataset.open(config.target).manifest.extra.get("request") or {}
+    if request.get("settings") != _settings(config):
+        raise _other_dataset(config.target)
+
+
+def _other_dataset(out: str) -> UsageError:
+    return UsageError(
+        f"{storage.redact(out)} holds a dataset of other files or settings; choose another --out, or replace it with "
+        "--overwrite."
+    )
 
 
 def _fingerprints(sources: Sequence[Source | FrameSource], console: Console) -> list[str]:
@@ -235,7 +248,10 @@ def _fingerprints(sources: Sequence[Source | FrameSource], console: Console) -> 
         return [file_fingerprint(source) for source in sources if isinstance(source, Source)]
 
 
-OWN_NAMES = {MANIFEST, "train", "val", "report", "users.parquet", "items.parquet", "rejected.parquet", ".scratch"}
+TABLES = ".tables"
+"""Copies of what only Spark can read, while a dataset is made of them (``prepare_spark.lake_tables``)."""
+OWN_NAMES = {MANIFEST, "train", "val", "report", "users.parquet", "items.parquet", "rejected.parquet", ".scratch",
+             TABLES}  # fmt: skip
 _OWN_FILE = re.compile(r"lane-\d+.*\.parquet|(ratings|ratings_per_user|ratings_per_item|activity)\.png.*|index\.html.*")
 
 

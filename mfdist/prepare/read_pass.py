@@ -177,7 +177,10 @@ def _ingest_one(source: Source | FrameSource, layout: Layout, result: Ingest, ke
 
 
 def check_source(source: Source | FrameSource, layout: Layout, result: Found, console: Console) -> None:
-    """Say the unit of a source's times; DataError where it lacks rows or has the bytes of another source."""
+    """Say the unit of a source's times; DataError where it lacks rows or has the bytes of another source.
+
+    Parts of a table may be equal: a table has the rows that it has.
+    """
     entry = result.sources[-1]
     if entry.get("times", SECONDS.name) != SECONDS.name:
         console.info(f"{source.shown}: times are {entry['times']}; they are stored as seconds since 1970")
@@ -186,7 +189,7 @@ def check_source(source: Source | FrameSource, layout: Layout, result: Found, co
                         f"{entry['rows']:,}: it is cut off or damaged.")  # fmt: skip
     if isinstance(source, FrameSource) or not entry["rows"]:
         return
-    kind = (entry["fingerprint"], source.val, source.partition)
+    kind = (entry["fingerprint"], source.val, source.partition, source.part)
     twin = result.seen_bytes.setdefault(kind, source.shown)
     if twin != source.shown:
         raise DataError(

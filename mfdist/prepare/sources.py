@@ -41,7 +41,8 @@ class Source:
     ``packing``: 'parquet', 'text', or what the text is packed in: 'gzip', 'bz2', 'zstd', 'zip'. ``partition``: names
     and values of the folders ``name=value`` that it lies in, which are columns of all its rows. ``given``: the name
     that it is shown by, where that is not its path. ``columns``: the names of user, item, rating and time, where they
-    are known already.
+    are known already. ``part``: its number among the files that are one table's, from 1; 0 where it is a file of its
+    own.
     """
 
     path: str
@@ -51,6 +52,7 @@ class Source:
     partition: tuple[tuple[str, str], ...] = ()
     given: str = ""
     columns: tuple[str, ...] = ()
+    part: int = 0
 
     @property
     def shown(self) -> str:

@@ -104,16 +104,20 @@ def gather(spark: Any, config: PrepareConfig, sources: Sequence[Source], layouts
     parts = Parts.for_bytes(pieces.expected_bytes(far), PART_BYTES)
     read = run_each(spark, len(todo), read_task(todo, rules, parts, config.memory))
     frame = kept(moved(read, parts.partitions).mapInArrow(gather_task(parts, duplicates), COLUMNS))
-    with console.busy(f"read and sort ({len(todo)} tasks, {parts.users} parts of the users)"):
-        messages = collected(frame.where(frame["kind"].isin(COUNTS, FACT, FAULT)))
-    ledger = [m for m in messages if m.target == parts.ledger]
-    found, lines_before = settled(sources, layouts, works, cuts, ledger, rules, console)
-    check_read(config, found, sources)
-    own = sorted((m for m in messages if m.target != parts.ledger), key=lambda m: m.target)
-    raise_first(own, frame, parts)
-    hashes = [unpacked(m.data)["hash"] for m in own if m.kind == COUNTS]
-    facts = facts_in([m for m in own if m.kind == FACT])
-    check_memory(max(fact.read_rows for fact in facts), config.memory, "one part of the users", "--memory")
+    try:
+        with console.busy(f"read and sort ({len(todo)} tasks, {parts.users} parts of the users)"):
+            messages = collected(frame.where(frame["kind"].isin(COUNTS, FACT, FAULT)))
+        ledger = [m for m in messages if m.target == parts.ledger]
+        found, lines_before = settled(sources, layouts, works, cuts, ledger, rules, console)
+        check_read(config, found, sources)
+        own = sorted((m for m in messages if m.target != parts.ledger), key=lambda m: m.target)
+        raise_first(own, frame, parts)
+        hashes = [unpacked(m.data)["hash"] for m in own if m.kind == COUNTS]
+        facts = facts_in([m for m in own if m.kind == FACT])
+        check_memory(max(fact.read_rows for fact in facts), config.memory, "one part of the users", "--memory")
+    except BaseException:  # a session that goes on keeps no rows of ours
+        frame.unpersist()
+        raise
     return found, Gathered(spark, frame, parts, scratch, facts, np.concatenate(hashes), lines_before)
 
 

@@ -2,13 +2,13 @@
 
 Which rows of a table count is its own affair (a log, deleted rows, a version); Spark's reader knows. From the copy on
 they are files like any others, cut among tasks, checked and numbered by the same code, so the dataset is that of one
-machine on the same rows. The copy has only the columns that are taken, lies beside ``--out``, where all executors can
+machine on the same rows. The copy has only the columns that are taken, lies in ``OUT/.tables``, where all executors can
 write, and is removed at the end; one that a killed job has left is replaced.
 """
 
 from __future__ import annotations
 
-import secrets
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,18 +19,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mfdist import storage
+from mfdist.data.dataset import MANIFEST
 from mfdist.errors import DataError, UsageError
 from mfdist.log import Console
 from mfdist.prepare.columns import SAMPLE_LINES, frame_layout
 from mfdist.prepare.config import PrepareConfig
-from mfdist.prepare.prepare import check_target
+from mfdist.prepare.prepare import TABLES, check_target, refuse_other_settings
 from mfdist.prepare.sources import Source, recognised
-from mfdist.prepare_spark.session import attempt, explained, unshared
+from mfdist.prepare_spark.session import attempt, explained, put_back, unshared
 
 CATALOG = "table"
 """The format of sources that are names in Spark's catalog."""
-BATCH_SETTING, BATCH_ROWS = "spark.sql.execution.arrow.maxRecordsPerBatch", 1 << 14
-"""Rows that a task gets at once while a table is copied: a session of ``prepare`` is set for messages of megabytes."""
+COPY_SETTINGS: dict[str, str | None] = {
+    # Rows that a task gets at once: a session of ``prepare`` is set for messages of megabytes.
+    "spark.sql.execution.arrow.maxRecordsPerBatch": str(1 << 14),
+    # The parts of a table are the same on a cluster of any size, and so is what the dataset says of its sources.
+    "spark.sql.files.minPartitionNum": "64",
+}
+"""How a session is set while a table is copied."""
 GROUP_ROWS = 1 << 18
 """Of a row group of a copy."""
 
@@ -45,12 +51,15 @@ def copied(spark: Any, config: PrepareConfig, console: Console) -> Iterator[list
     assert config.source_format is not None
     if common := [*{*config.sources} & {*config.val}]:
         raise UsageError(f"{storage.redact(common[0])} is given as --val and to be trained on: choose one.")
-    if not config.dry_run:
+    out, made = storage.absolute(config.target), False
+    if config.dry_run:
+        folder = tempfile.mkdtemp(prefix="mfdist-tables-")
+    else:
         check_target(config.target)
-    folder = (
-        tempfile.mkdtemp(prefix="mfdist-tables-") if config.dry_run
-        else storage.absolute(f"{config.target.rstrip('/')}.tables-{secrets.token_hex(8)}")
-    )  # fmt: skip
+        refuse_other_settings(config)
+        folder = storage.join(out, TABLES)
+        storage.remove(folder)
+        made = storage.is_local(out) and not storage.exists(out)
     try:
         found: list[Source] = []
         for names, val in ((config.sources, False), (config.val, True)):
@@ -64,15 +73,18 @@ def copied(spark: Any, config: PrepareConfig, console: Console) -> Iterator[list
                     storage.make_dirs(place)
                     paths = copy_head(head, chosen, place) if config.dry_run else copy(spark, frame, chosen, place)
                 check_seen(paths, config.target)
-                parts = [recognised(path, val=val) for path in paths]
-                found += [
-                    replace(part, given=f"{name} part {number}" if len(parts) > 1 else name, columns=chosen)
-                    for number, part in enumerate(parts, 1)
-                    if part is not None
-                ]
+                for number, path in enumerate(paths, 1):
+                    shown = f"{name} part {number}" if len(paths) > 1 else name
+                    if (part := recognised(path, val=val)) is not None:
+                        found.append(replace(part, given=shown, columns=chosen, part=number))
         yield found
     finally:
         storage.remove(folder)
+        if made and not storage.exists(storage.join(out, MANIFEST)):
+            storage.remove(out)
+
+
+_NO_TABLE = "NOT_FOUND|NOT_EXIST|MISSING_DELTA_TABLE|PARSE_SYNTAX_ERROR"
 
 
 def opened(spark: Any, kind: str, name: str) -> Any:
@@ -83,9 +95,11 @@ def opened(spark: Any, kind: str, name: str) -> Any:
     try:
         return spark.table(name) if kind == CATALOG else spark.read.format(kind).load(name)
     except (PySparkException, Py4JError) as error:  # the text of both begins with the error's condition
-        if "[TABLE_OR_VIEW_NOT_FOUND]" in str(error) or "[PATH_NOT_FOUND]" in str(error):
-            raise DataError(f"{storage.redact(name)}: Spark finds no such table.") from None
-        if "[DATA_SOURCE_NOT_FOUND]" in str(error):
+        said = re.search(r"\[([A-Z_.]+)\]", str(error))
+        condition = said[1] if said else ""
+        if condition != "DATA_SOURCE_NOT_FOUND" and re.search(_NO_TABLE, condition):
+            raise DataError(f"{storage.redact(name)}: Spark finds no such table ({condition}).") from None
+        if condition == "DATA_SOURCE_NOT_FOUND":
             raise UsageError(
                 f"--source-format {kind}: Spark has no reader of this name; name its package in Spark's settings "
                 "(spark.jars.packages)."
@@ -110,12 +124,12 @@ def copy_head(head: pa.Table, columns: tuple[str, ...], place: str) -> list[str]
 def copy(spark: Any, frame: Any, columns: tuple[str, ...], place: str) -> list[str]:
     """``columns`` of all rows as Parquet files below ``place``; their paths in order."""
     quoted = ["`" + column.replace("`", "``") + "`" for column in columns]
-    before = spark.conf.get(BATCH_SETTING)
-    spark.conf.set(BATCH_SETTING, str(BATCH_ROWS))
+    before = {name: spark.conf.get(name, None) for name in COPY_SETTINGS}
+    put_back(spark, COPY_SETTINGS)
     try:
         written = frame.select(*quoted).mapInArrow(write_task(place), "part long, path string").collect()
     finally:
-        spark.conf.set(BATCH_SETTING, before)
+        put_back(spark, before)
     return [path for _, path in sorted((row[0], row[1]) for row in written)]
 
 

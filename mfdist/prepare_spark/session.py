@@ -51,14 +51,19 @@ def check_installed() -> None:
 @contextmanager
 def session(master: str | None) -> Iterator[Any]:
     """A SparkSession; one of our own is stopped at the end. One that this process has already is used, with SETTINGS
-    for as long as the block lasts and with nothing of ours kept on its disks afterwards.
+    for as long as the block lasts and none of the rows kept on its disks afterwards; it goes on listing the small files
+    that were shared with tasks.
 
     A failure of Spark's in the block becomes a MfdistError.
     """
+    from pyspark import SparkContext
     from pyspark.sql import SparkSession
 
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    # A session is active in the thread that made it; the context behind it is the process's.
     before = SparkSession.getActiveSession()
+    if before is None and SparkContext._active_spark_context:
+        before = SparkSession.builder.getOrCreate()
     old = {name: before.conf.get(name, None) for name in SETTINGS if before.conf.isModifiable(name)} if before else {}
     builder = SparkSession.builder.appName("mfdist prepare")
     if master:
@@ -76,10 +81,11 @@ def session(master: str | None) -> Iterator[Any]:
             if before is None:
                 spark.stop()
             else:
-                _put_back(before, old)
+                put_back(before, old)
 
 
-def _put_back(spark: Any, settings: dict[str, str | None]) -> None:
+def put_back(spark: Any, settings: dict[str, str | None]) -> None:
+    """Set a session's settings; None: as if it had never been set."""
     for name, value in settings.items():
         if value is None:
             spark.conf.unset(name)

@@ -29,8 +29,8 @@ class TuneConfig:
     )  # fmt: skip
     search: tuple[str, ...] = flag(
         (), "what to search, each as NAME=LOW:HIGH, as NAME=A,B,C, or with x before the numbers as multiples of what "
-        "it begins with; NAME alone: multiples around 1; not set: multiples of rate, epochs, penalties and of what "
-        "else the configuration has by number",
+        "it begins with; NAME alone: multiples around 1; not set: multiples of rate, epochs, penalties and of the "
+        "weights that the configuration has",
         many=True, metavar="SETTING", example="lr=0.005:0.1 emb-dim=32,64,128 l2=x0.3:x3",
     )  # fmt: skip
     trials: int = flag(40, "trials in all, those of earlier calls counted", at_least=1, metavar="NUMBER")

@@ -152,7 +152,13 @@ def _already(path: str, dataset: Dataset, rule: Rule) -> Dataset | None:
     if not storage.exists(storage.join(path, MANIFEST)):
         return None
     found = Dataset.open(path)
-    return found if found.manifest.extra.get(IDENTITY) == _identity(dataset, rule) else None
+    if found.manifest.extra.get(IDENTITY) != _identity(dataset, rule):
+        return None
+    try:
+        found.check_files()
+    except DataError:  # a kill while it was being removed
+        return None
+    return found
 
 
 def _make(dataset: Dataset, path: str, rule: Rule, progress: Progress, look: Callable[[], None]) -> Dataset:

@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from mfdist.run.lease import LEASE, Lease
 from mfdist.run.stopping import StopWatch
 from mfdist.training.config import TrainConfig
 from mfdist.training.data_facts import fitted
+from mfdist.training.memory import check_memory
 from mfdist.tuning.config import TuneConfig
 from mfdist.tuning.course import POINTS, course, measure_of
 from mfdist.tuning.inner_splits import inner_splits
@@ -43,6 +44,9 @@ LEAST_OTHERS = 4
 WARM_UP = 3
 """Tenths of the first split that every trial has."""
 LOOK_SECONDS = 0.3
+OUT_OF_MEMORY = "the device has too little memory for it"
+SHARE_OF_OTHERS = 0.1
+"""Of a device's memory: where other programs hold more, a trial that does not fit says nothing of its settings."""
 RANDOM_TRIALS = 8
 """Trials before the search goes by what it has found."""
 
@@ -78,7 +82,8 @@ def tune(config: TuneConfig, world: World, console: Console) -> Results:
             search = Search(config, dataset, world, console, watch, lease)
         except _Halt as halt:
             watch.clear_stop_file()
-            raise StopRequested(f"{halt}; run the same command again to go on.") from None
+            again = _without_overwrite(config)
+            raise StopRequested(f"{halt}; run the same command again{again} to go on.") from None
         try:
             search.run()
         except _Halt as halt:
@@ -99,14 +104,14 @@ class Search:
         self._watch, self._lease, self._began = watch, lease, time.monotonic()
         given = {**config.beginning(), "seed": config.seed}
         folder = storage.join(config.run_dir, SPLITS)
-        self._splits = inner_splits(dataset, folder, config.splits, config.seed, console, self._look)
+        self._splits = inner_splits(dataset, folder, config.splits, config.seed, console, self._look_and_check)
         beginning = self._fit(0, TrainConfig(**given))
         self._given, self.measure = given, measure_of(beginning)
         self.parameters = space_of(config.search, beginning)
         if not self.parameters:
             raise UsageError("there is nothing to search: all settings that would be are 0; name some with --search.")
         self._start = start_of(self.parameters, beginning)
-        self._study = _study(storage.join(config.run_dir, TRIALS))
+        self._study = _study(storage.join(config.run_dir, TRIALS), lease.check)
         self._per_trial = beginning.epochs * sum(split.manifest.num_ratings["train"] for split in self._splits)
 
     def run(self) -> None:
@@ -123,7 +128,8 @@ class Search:
     def tell(self, halt: _Halt) -> None:
         """Say why the search ends early; StopRequested unless that was --minutes and there is something to show."""
         results = self.results()
-        kept = f"{len(results.trials)} of {self._config.trials} trials are kept, run the same command again to go on."
+        again = f"run the same command again{_without_overwrite(self._config)} to go on"
+        kept = f"{len(results.trials)} of {self._config.trials} trials are kept, {again}."
         if not halt.is_budget or results.best is None:
             raise StopRequested(f"{halt}; {kept}")
         self._console.info(f"{halt}; {kept}")
@@ -158,7 +164,6 @@ class Search:
         """The next trial; what it tries is a function of the finished ones and the seed."""
         import optuna
 
-        self._lease.check()
         study = self._study
         for trial in self._trials("RUNNING"):  # a kill has ended it, or a stop
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
@@ -175,7 +180,10 @@ class Search:
         return trial
 
     def _try(self, trial: Any, number: int) -> None:
-        """Train the trial on the splits, one after the other, and tell the study what came of it."""
+        """Train the trial on the splits, one after the other, and tell the study what came of it.
+
+        UsageError where this machine has no room for any trial now: that says nothing of the settings.
+        """
         from optuna.trial import TrialState
 
         began, compiled = time.monotonic(), compilation.seconds()
@@ -195,21 +203,28 @@ class Search:
                                 break
                 except UsageError as error:
                     why = str(error)
+                    self._refuse_full_machine(place)
                 except torch.OutOfMemoryError:
+                    why = OUT_OF_MEMORY
+                if why == OUT_OF_MEMORY:  # here no traceback holds the trial's tables any more
                     torch.cuda.empty_cache()
-                    why = "the device has too little memory for it"
+                    _refuse_full_device(self._world.device)
                 if why:
                     break
                 curves.append(points)
                 trial.set_user_attr("curves", curves)
         seconds = time.monotonic() - began - (compilation.seconds() - compiled)
-        self._lease.check()
         for key, found in {"values": values, "seconds": seconds, "why": why}.items():
             trial.set_user_attr(key, found)
         if why:
             self._study.tell(trial, state=TrialState.PRUNED)
         else:
             self._study.tell(trial, statistics.fmean(curve[-1][1] for curve in curves))
+
+    def _refuse_full_machine(self, place: int) -> None:
+        """UsageError where what the search began with does not fit either, as it did then."""
+        beginning = self._fit(place, TrainConfig(**self._given))
+        check_memory(beginning, self._splits[place].manifest, self._world)
 
     def _points(
         self, values: dict[str, Any], place: int, again: Curve, progress: Progress
@@ -282,6 +297,10 @@ class Search:
         if minutes is not None and time.monotonic() - self._began > 60 * minutes:
             raise _Halt(f"--minutes {minutes:g} are over", is_budget=True)
 
+    def _look_and_check(self) -> None:
+        self._look()
+        self._lease.check()
+
     def _note(self, place: int) -> str:
         """Behind the bar: the split, the best so far, and how long the whole search will take."""
         best, seconds = self._so_far
@@ -314,6 +333,23 @@ class Search:
         self._console.info(f"trials: {config.trials}{limit}{again}; Ctrl-C or SIGTERM stops, the same command goes on")
 
 
+def _refuse_full_device(device: torch.device) -> None:
+    """UsageError where other programs hold a device's memory."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    if others > SHARE_OF_OTHERS * total:
+        raise UsageError(
+            f"a trial does not fit into the device's memory, of which other programs hold {others / 2**30:.1f} of "
+            f"{total / 2**30:.1f} GiB: the search ends here, what is finished is kept."
+        )
+
+
+def _without_overwrite(config: TuneConfig) -> str:
+    return " without --overwrite" if config.overwrite else ""
+
+
 def _described(one: Parameter) -> str:
     span = ", ".join(map(one.shown, one.choices)) or f"{one.shown(one.low)} to {one.shown(one.high)}"
     return f"{one.flag} {span}"
@@ -328,13 +364,13 @@ def _plain(trial: Any, number: int, parameters: Sequence[Parameter]) -> Trial:
     )  # fmt: skip
 
 
-def _study(path: str) -> Any:
+def _study(path: str, check: Callable[[], None]) -> Any:
     import optuna
 
     from mfdist.tuning.trial_log import TrialLog
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    log = optuna.storages.JournalStorage(TrialLog(path))
+    log = optuna.storages.JournalStorage(TrialLog(path, check))
     return optuna.create_study(storage=log, study_name=STUDY, direction="minimize", load_if_exists=True)
 
 

@@ -3,7 +3,7 @@
     lr=0.005:0.1            between these, evenly on a logarithmic scale where the ends are far apart
     emb-dim=32,64,128       one of these
     l2=x0.3:x3              between 0.3 and 3 times what it would be
-    epochs                  between 0.5 and 1.5 times what it would be (other settings: 0.3 to 3)
+    epochs                  between 0.5 and 1.5 times what it would be (most others: 0.3 to 3)
 
 A multiple goes beside any setting that is a number, or several; also one that follows from the data, which is another
 number on an inner split than on all training rows. There the multiple is what is carried over.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from optuna.storages.journal import BaseJournalBackend
@@ -20,8 +20,9 @@ from mfdist.errors import DataError
 class TrialLog(BaseJournalBackend):
     """Operations in memory and in a file; DataError where a whole line of that is no operation."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, path: str, check: Callable[[], None]) -> None:
+        """``check`` is called before anything is written, and raises where the directory is another job's by now."""
+        self._path, self._check = path, check
         self._lines: list[str] = []
         if not storage.exists(path):
             return
@@ -29,6 +30,7 @@ class TrialLog(BaseJournalBackend):
         self._lines = text.splitlines()
         if text and not text.endswith("\n"):
             self._lines.pop()
+            check()
             storage.write_text(path, self._text())
         for number, line in enumerate(self._lines, 1):
             try:
@@ -43,6 +45,7 @@ class TrialLog(BaseJournalBackend):
         return [json.loads(line) for line in self._lines[log_number_from:]]
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self._check()
         new = [json.dumps(log, separators=(",", ":")) for log in logs]
         self._lines += new
         if not storage.is_local(self._path):
