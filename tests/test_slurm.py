@@ -119,7 +119,7 @@ def test_the_chain_and_its_gate(cluster: Cluster, tmp_path: Path) -> None:
     command = [str(SCRIPTS / "chain"), str(source), str(tmp_path / "data"), str(tmp_path / "runs"), *TRAIN]
     env = cluster.env | {
         "MFDIST_PYTHON": sys.executable, "NPROC": "2", "SBATCH_TRAIN": "--cpus-per-task=2",
-        "SBATCH_OUTPUT": f"{tmp_path}/%x-%j.out",
+        "SBATCH_PREPARE": "--cpus-per-task=2", "SBATCH_OUTPUT": f"{tmp_path}/%x-%j.out",
     }  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=True)
     jobs = dict(part.split() for part in done.stdout.strip().split(", "))
