@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -156,6 +157,13 @@ def test_ticks_are_told_apart_by_as_many_digits_as_it_takes():
     assert short_all([1.296, 1.2961, 1.2962]) == ["1.296", "1.2961", "1.2962"]
     assert short_all([1_000_000.0, 1_000_500.0]) == ["1 M", "1.0005 M"]
     assert short_all([0.9, 1.0]) == ["0.9", "1"] and short_all([]) == []
+
+
+def test_every_name_of_an_axis_has_its_place():
+    drawing = str(line_chart([Series("a trial", [(1.0, 2.0), (2.0, 3.0)], "a", "dots")], "l2", "RMSE",
+                                    names=["x1", "x2", "x3", "x5"]))  # fmt: skip
+    places = [float(x) for x in re.findall(r'text-anchor="middle" x="([\d.]+)" y="[\d.]+">x\d', drawing)]
+    assert len(places) == 4 and all(b - a > 20 for a, b in itertools.pairwise(places))
 
 
 def test_what_is_all_but_equal_spans_little_of_an_axis():

@@ -298,6 +298,14 @@ def test_a_split_that_is_half_removed_is_made_anew(data, tmp_path):
     assert lost.exists() and again.manifest == made.manifest
 
 
+def test_settings_that_were_tried_are_not_trained_again(data, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(search, "course", steady(lambda config: config.emb_dim, seen))
+    found = tuned(data, tmp_path / "run", trials=7, search=("emb-dim=8,16",))
+    trained = {(config.emb_dim, path) for config, path, done in seen if done == 1}
+    assert len(found["trials"]) == 7 and len([1 for _, _, done in seen if done == 1]) == len(trained)
+
+
 def test_best_toml_has_no_flag_of_a_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "course", steady(lambda config: config.lr))
     (tmp_path / "c.toml").write_text(SMALL + 'overwrite = true\nmax-minutes = 5\ntrack = "mlflow"\nseed = 7\n')

@@ -68,7 +68,7 @@ def line_chart(
     points = [point for one in series for point in one.points if all(map(math.isfinite, point))]
     if not points:
         return Markup("")
-    xs = [px for px, _ in points] + [event.x for event in events]
+    xs = [px for px, _ in points] + [event.x for event in events] + ([1.0, float(len(names))] if names else [])
     ys = [py for _, py in points] + [level.y for level in levels]
     across = Scale(*span(xs, log=log_x), LEFT, WIDTH - RIGHT, log_x)
     up = Scale(*span(ys, log=log_y, from_zero=from_zero, least=ALL_BUT_EQUAL), HEIGHT - BOTTOM, TOP, log_y)

@@ -1,8 +1,8 @@
 """The search: trials one after the other, each on every inner split, poor ones ended early, all of it kept.
 
 What a trial tries depends on the trials that are finished and on the seed alone, and a trial's errors on its settings:
-a search that was killed and is run again tries what the undisturbed one would have tried. The splits that an unfinished
-trial has behind it are not trained again.
+a search that was killed and is run again tries what the undisturbed one would have tried. What an earlier trial of the
+same settings has behind it, finished or not, is not trained again.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Search:
         trial = study.ask()
         for parameter in self.parameters:
             parameter.suggest(trial)
-        curves = [t.user_attrs["curves"] for t in self._trials("FAIL")
+        curves = [t.user_attrs["curves"] for t in self._trials("FAIL", "COMPLETE")
                   if t.params == trial.params and "curves" in t.user_attrs]  # fmt: skip
         if curves:
             trial.set_user_attr("curves", max(curves, key=len))
