@@ -146,20 +146,28 @@ def run_steps(make, device, *, kind, dim, bias, steps=GAPS, rows=(130, 64, 1), p
 
 
 def assert_equal_runs(got, want, tolerance):
-    """Every column group of both tables within ``tolerance`` (relative RMS), ``last`` exactly."""
+    """Every column group of both tables within ``tolerance`` (relative RMS), ``last`` exactly.
+
+    A number whose gradients all but cancel is divided by the root of their squares, next to nothing: Adam makes a step
+    of what rounding has left there. One weight in a thousand may be apart by STRAY.
+    """
     (model, sums), (wanted, wanted_sums) = got, want
     np.testing.assert_allclose(sums, wanted_sums, rtol=tolerance, atol=tolerance / 10)
     for table, other in ((model.user, wanted.user), (model.item, wanted.item)):
         assert table.rows.last.tolist() == other.rows.last.tolist()
         for name, tensor in other.rows.tensors().items():
             found, expected = table.rows.tensors()[name].double().cpu(), tensor.double().cpu()
-            assert (found - expected).norm() <= tolerance * expected.norm(), name
+            apart = (found - expected).abs().flatten().sort().values
+            most = len(apart) - (1 + len(apart) // 1000) * (name == "weight")
+            assert apart[:most].norm() <= tolerance * expected.norm(), name
+            assert most == len(apart) or apart[-1] <= STRAY, name
 
 
 DEVICE = "cuda" if ON_GPU else "cpu"
-TOLERANCE = 5e-5 if ON_GPU else 1e-5
-"""Relative RMS. Seen in the interpreter: at most 3e-6; on an H200 2.6e-5 in one case of 24 (adamw, 8 factors, no bias),
-the same in two runs, else below 1e-5: its roots and divisions are within two units of the last place, not one."""
+TOLERANCE = 1e-5
+STRAY = 1e-4
+"""Seen of adamw, 8 factors, no bias: one weight of 320 apart by 4.9e-5 on one CPU, the others by 1.7e-7 at most; with
+it the relative RMS is 2.1e-5 there, and was 2.6e-5 on an H200."""
 
 SUM = {"reduction": "sum"}
 FEW = [("adamw", 8, True), ("rowwise_adagrad", 8, False)]
