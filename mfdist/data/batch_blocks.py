@@ -174,14 +174,13 @@ class EpochPlan:
         rows = source.pieces[index][number].rows
         key = shuffle.key_of(shuffle.ROWS, source.seed, self._epoch, source.lanes[index], number)
         order = self._order_buffer(rows)
+        shuffle.permute_into(order, np.uint64(key), source.block_rows)
         if self._positions is not None:
-            shuffle.permute_into(order, np.uint64(key), source.block_rows)
             positions = self._pool.take(rows, self._types[0])
             np.add(order, self._positions[index][number], out=positions, casting="unsafe")
             unit.fill([positions])
             return
         columns = source.read(index, number)
-        shuffle.permute_into(order, np.uint64(key), source.block_rows)
         if source.stop_fraction:
             shuffle.compose(select(columns, source.seed, source.stop_fraction, stop=False), order)
         permuted = [self._pool.take(rows, column.dtype) for column in columns[:3]]
@@ -195,8 +194,8 @@ class EpochPlan:
         where = shuffle.destinations(cuts, starts)
         targets = [self._pool.take(int(starts[-1]), dtype) for dtype in self._types]
         units = [(index, *unit.layout) for index, of_lane in enumerate(needed) for unit in of_lane]
+        layouts = np.array(units, np.uint64).reshape(-1, 3 + len(targets))
         for column, target in enumerate(targets):
-            layouts = np.array(units, np.uint64).reshape(-1, 3 + len(targets))
             shuffle.scatter_units(layouts, column, target, cuts, where)
         return AssembledBlock(tuple(map(torch.from_numpy, targets)), first_step, np.diff(starts).tolist())
 

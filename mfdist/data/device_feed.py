@@ -26,6 +26,7 @@ class DeviceFeed:
     ) -> None:  # fmt: skip
         self._blocks, self._device, self._then = blocks, device, then
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(device))  # what ``then`` reads was written there
         self._pinned: list[list[torch.Tensor]] = [[] for _ in range(SLOTS)]
         self._copied = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]
         self._ready: deque[tuple[AssembledBlock, torch.cuda.Event]] = deque()
