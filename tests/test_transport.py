@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import struct
@@ -210,8 +211,26 @@ def test_a_peer_that_ends_is_named_at_once():
     assert "rank 1 of this job" in text and "its process has ended" in text and seconds < 3
 
 
-def test_a_peer_that_leaves_with_an_error_says_so():
+def with_words_unread(first, second):
+    """Stop the second one's thread until the first one's next word is there, unread: to close now is a reset."""
+    second._pulse._closing.set()
+    second._pulse._thread.join()
+    assert select.select([second._pulse._links[first.rank]], [], [], 10)[0]
+
+
+def test_a_peer_that_ends_with_words_unread_has_ended_too():
     with two_ranks() as (first, second):
+        with_words_unread(first, second)
+        second._pulse._links[0].close()
+        text, seconds = error_of_waiting(first)
+    assert "rank 1 of this job" in text and "its process has ended" in text and seconds < 3
+
+
+@pytest.mark.parametrize("unread", [False, True])
+def test_a_peer_that_leaves_with_an_error_says_so(unread):
+    with two_ranks() as (first, second):
+        if unread:
+            with_words_unread(first, second)
         second.leave(all_alive=False)
         text, seconds = error_of_waiting(first)
     assert "rank 1 of this job" in text and "that rank or the launcher says why" in text and seconds < 3

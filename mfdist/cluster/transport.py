@@ -8,6 +8,8 @@ ends a wait within seconds, by an error that names it.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import select
 import socket
 import struct
@@ -28,6 +30,7 @@ ALIVE = 0xFFFF
 """In a pulse: nothing is wrong; otherwise the rank that is lost, or the sender's own where it leaves with an error."""
 PATIENCE_SECONDS = 0.5
 """How long a rank that finds a connection closed waits to hear why."""
+ENDED = "its process has ended"
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,12 @@ class Transport:
         self, rank: int, addresses: list[Address], sockets: dict[tuple[int, int], socket.socket], refused: list[str]
     ) -> None:
         self.rank, self._addresses = rank, addresses
+        for link in sockets.values():
+            link.setblocking(False)
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._data = {peer: link for (peer, purpose), link in sockets.items() if purpose == DATA}
         self.connections: npt.NDArray[np.int32] = np.full(len(addresses), -1, np.int32)
         for peer, link in self._data.items():
-            link.setblocking(False)
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.connections[peer] = link.fileno()
         self._pulse = _Pulse(rank, {peer: link for (peer, purpose), link in sockets.items() if purpose == PULSE})
         self.refused = refused
@@ -120,6 +124,16 @@ class Transport:
         )
 
 
+def why_failed(code: int) -> str:
+    """What errno ``code`` of a connection to a peer says of the peer.
+
+    A reset is what the kernel answers for a process that has ended with words unread or still to come.
+    """
+    if code in {errno.ECONNRESET, errno.EPIPE}:
+        return ENDED
+    return f"its connection failed ({os.strerror(code)})"
+
+
 class _Pulse:
     """A thread that says to every peer that this rank is alive, and listens to theirs."""
 
@@ -127,8 +141,6 @@ class _Pulse:
         self.lost: tuple[int, str] | None = None
         """The first rank known to be lost, and why."""
         self._rank, self._links, self._closing = rank, links, threading.Event()
-        for link in links.values():
-            link.setblocking(False)
         self._thread = threading.Thread(target=self._beat, name="mfdist-pulse", daemon=True)
         self._thread.start()
 
@@ -139,6 +151,8 @@ class _Pulse:
         for link in self._links.values():
             with contextlib.suppress(OSError):
                 link.send(struct.pack("!H", culprit))
+                link.shutdown(socket.SHUT_WR)
+                link.recv(4096)  # what is closed unread is a reset to the peer, which may overtake the word
             link.close()
 
     def _beat(self) -> None:
@@ -173,7 +187,7 @@ class _Pulse:
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as error:
-            self._lose(peer, f"its connection failed ({error.strerror})")
+            self._lose(peer, why_failed(error.errno or 0))
             return None
         words = rest[peer] + found
         rest[peer] = words[len(words) // 2 * 2 :]
@@ -183,7 +197,7 @@ class _Pulse:
                 return None
         if not found:
             if not self._closing.is_set():
-                self._lose(peer, "its process has ended")
+                self._lose(peer, ENDED)
             return None
         return True
 

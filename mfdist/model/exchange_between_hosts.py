@@ -8,7 +8,6 @@ A batch that nobody has announced is a pipeline of its own: an opening of two ro
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from mfdist.cluster.shared_memory import SharedMemory
-from mfdist.cluster.transport import Transport
+from mfdist.cluster.transport import Transport, why_failed
 from mfdist.data.loader import Batch
 from mfdist.kernels import hosts, messages, sockets, wire
 from mfdist.model.tables import ShardedTable
@@ -214,4 +213,4 @@ def why_lost(code: int) -> str:
         return "it closed its connection"
     if code == wire.OUT_OF_STEP:
         return "it sent another message than the one that was due"
-    return f"its connection failed ({os.strerror(-code)})"
+    return why_failed(-code)
