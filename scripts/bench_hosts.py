@@ -4,6 +4,7 @@
     python scripts/bench_hosts.py --data data/bench/blocks --data data/bench/random --json hosts.json   # as root
     python scripts/bench_hosts.py --data data/bench/blocks --hosts 2 --batch 65536 --delay 0,0.1
     python scripts/bench_hosts.py --data data/bench/blocks --loopback            # ranks of this host, no namespaces
+    python scripts/bench_hosts.py --data data/bench/blocks --gpus 1,2,4,8        # ranks of this host with a GPU each
 
 A host is a network namespace with a process and a host name namespace of its own (so that nothing is shared), one
 thread pinned to one core. Between them is a bridge, or with --delay a relay in user space, which holds every packet
@@ -16,6 +17,11 @@ than cores they share them, which is said. ``waiting``: seconds of a step in whi
 the mean over ranks; ``bytes``: what leaves a rank in a step, headers, requests, rows and gradients. ``apart``: as many
 processes with a core each that train at once and know nothing of each other, the sum of their rates: what cores that
 share a machine's memory can give at most.
+
+With --gpus a system is so many ranks with a GPU each, over NCCL: "ahead" as training does it, the requests of many
+steps learned at once and rows on their way beside the arithmetic; "step by step" with a meeting in every step. Two
+epochs are left out there, as the rows move to the device in the second. A rank alone queues its steps as CUDA graphs,
+several do not. What a rank waits for others is not seen from its host.
 """
 
 from __future__ import annotations
@@ -48,7 +54,8 @@ Row = dict[str, Any]
 
 @dataclass
 class System:
-    """A line of the table: ``hosts`` 0 is one process with all cores, way "apart" one of processes that do not meet."""
+    """A line of the table: ``hosts`` 0 is one process with all cores, way "apart" one of processes that do not meet;
+    on ``device`` "cuda" ``hosts`` are ranks with a GPU each."""
 
     name: str
     data: str
@@ -57,6 +64,7 @@ class System:
     wire: str = "fp32"
     way: str = "sockets"
     delay_ms: float | None = None
+    device: str = "cpu"
     found: list[Row] = field(default_factory=list)
 
 
@@ -70,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--delay", default="", help="milliseconds each way, such as 0,0.1: by a relay (default: none)")
     parser.add_argument("--gbps", type=float, default=10.0, help="of the relay, each way (default %(default)s)")
     parser.add_argument("--loopback", action="store_true", help="ranks side by side on this host's loopback instead")
+    parser.add_argument("--gpus", default="", help="numbers of ranks with a GPU each, such as 1,2,4 (default: CPUs)")
     parser.add_argument("--epochs", type=int, default=2, help="timed ones of a process (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every system (default %(default)s)")
     parser.add_argument("--json", help="write the figures here")
@@ -79,6 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         work(json.loads(flags.worker))
         return 0
     systems = list_systems(flags)
+    gpus = max((system.hosts for system in systems if system.device == "cuda"), default=0)
+    if gpus:
+        import torch
+
+        if gpus > torch.cuda.device_count():
+            parser.error(f"--gpus {gpus}: there are {torch.cuda.device_count()} here")
     for turn in range(flags.rounds):
         for system in systems[:: 1 - 2 * (turn % 2)]:
             system.found.append(measure(system, flags))
@@ -94,6 +109,13 @@ def list_systems(flags: argparse.Namespace) -> list[System]:
     delays: list[float | None] = [float(text) for text in flags.delay.split(",") if text] or [None]
     for data in flags.data:
         for batch in map(int, flags.batch.split(",")):
+            if flags.gpus:
+                for ranks in map(int, flags.gpus.split(",")):
+                    for wire in flags.wire.split(",") if ranks > 1 else ["fp32"]:
+                        for way in ("ahead", "step by step") if ranks > 1 else ("ahead",):
+                            name = f"{ranks} GPUs, {way}, {wire}" if ranks > 1 else "1 GPU"
+                            found.append(System(name, data, batch, ranks, wire, way, device="cuda"))
+                continue
             found.append(System("one process, all cores", data, batch, 0))
             found.append(System("one host, one core", data, batch, 1))
             for hosts in map(int, flags.hosts.split(",")):
@@ -113,7 +135,7 @@ def measure(system: System, flags: argparse.Namespace) -> Row:
     size, cores = max(system.hosts, 1), sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         apart = system.way == "apart"
-        alone = size == 1 or flags.loopback or apart
+        alone = size == 1 or flags.loopback or apart or system.device == "cuda"
         if alone:
             places, address = [[]] * size, "127.0.0.1"
         else:
@@ -121,9 +143,11 @@ def measure(system: System, flags: argparse.Namespace) -> Row:
         processes = []
         for rank in range(size):
             task = {"data": system.data, "run": f"{folder}/run-{rank if apart else 0}", "batch": system.batch,
-                    "epochs": flags.epochs, "wire": system.wire, "way": system.way}  # fmt: skip
-            threads = len(cores) if system.hosts == 0 else 1
-            pins = cores if system.hosts == 0 else [cores[rank % len(cores)]]
+                    "epochs": flags.epochs, "wire": system.wire, "way": system.way,
+                    "device": system.device}  # fmt: skip
+            whole = system.hosts == 0 or system.device == "cuda"
+            threads = max(1, len(cores) // size) if whole else 1
+            pins = cores if whole else [cores[rank % len(cores)]]
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads),
                            "GLOO_SOCKET_IFNAME": "lo" if alone else "eth0"}  # fmt: skip
             if size > 1 and not apart:
@@ -255,9 +279,10 @@ def work(task: dict[str, Any]) -> None:
     from mfdist.training.train import batches_of, collector_at_ease, train_step
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    with World.open("cpu") as world:
+    with World.open(task["device"]) as world:
         world.may_share, world.may_connect = False, task["way"] == "sockets"
-        epochs = 1 + task["epochs"]
+        left_out = 2 if world.device.type == "cuda" else 1
+        epochs = left_out + task["epochs"]
         config = TrainConfig.ready(
             "vignette_mf_advanced",
             data=task["data"],
@@ -265,11 +290,12 @@ def work(task: dict[str, Any]) -> None:
             batch_size=task["batch"],
             epochs=epochs,
             wire_dtype=task["wire"],
+            device=task["device"],
         )
         Path(task["run"]).mkdir(parents=True, exist_ok=True)
         dataset = Dataset.open(task["data"])
         with Loader(dataset, batch_size=config.batch_size, seed=config.seed, rank=world.rank,
-                    world_size=world.size) as loader:  # fmt: skip
+                    world_size=world.size, device=world.device) as loader:  # fmt: skip
             session = build(config, dataset, world, Console(False), loader)
             try:
                 restore_or_initialise(session)
@@ -277,12 +303,15 @@ def work(task: dict[str, Any]) -> None:
                 with collector_at_ease():
                     for epoch in range(epochs):
                         world.barrier()
-                        if epoch == 1:
+                        if epoch == left_out:
                             before = session.fused.traffic  # type: ignore[union-attr]
                         began = time.perf_counter()
-                        for batch in batches_of(session, epoch):
+                        announced = task["way"] != "step by step"
+                        for batch in batches_of(session, epoch) if announced else loader.epoch(epoch):
                             train_step(session, batch)
-                            steps += epoch > 0
+                            steps += epoch >= left_out
+                        if world.device.type == "cuda":
+                            torch.cuda.synchronize()
                         world.barrier()
                         rates.append(loader.num_rows / (time.perf_counter() - began))
                 after = session.fused.traffic  # type: ignore[union-attr]
@@ -292,7 +321,7 @@ def work(task: dict[str, Any]) -> None:
                 session.saver.close()
                 session.fused.close()  # type: ignore[union-attr]
         if world.is_main:
-            rate = statistics.median(rates[1:])
+            rate = statistics.median(rates[left_out:])
             print(json.dumps({
                 "ratings_per_second": rate, "step_seconds": task["batch"] / rate, "transport": transport,
                 **{f"{key}_per_step": value for key, value in zip(sorted(after), spent, strict=True)},
@@ -310,29 +339,40 @@ def report(systems: Sequence[System], flags: argparse.Namespace) -> None:
     rows = []
     for system in systems:
         peers = [other for other in systems if (other.data, other.batch) == (system.data, system.batch)]
-        whole, one = (next(other for other in peers if other.hosts == hosts) for hosts in (0, 1))
+        one = next((other for other in peers if other.hosts == 1), peers[0])
+        whole = next((other for other in peers if other.hosts == 0), one)
         middle = {key: statistics.median(row[key] for row in system.found) for key, value in system.found[0].items()
                   if not isinstance(value, str)}  # fmt: skip
-        efficiency = _ratio(system, one) / max(1, system.hosts)
+        efficiency = _ratio(system, one) * max(1, one.hosts) / max(1, system.hosts)
         beside = _ratio(system, whole)
-        shared = " (cores shared)" if system.hosts > cores else ""
+        shared = " (cores shared)" if system.hosts > cores and system.device == "cpu" else ""
+        waited = "-" if system.device == "cuda" else f"{middle['wait_seconds_per_step'] * 1e6:.0f}"
         print(f"{_order(system):8}{system.batch:>8}  {system.name + shared:36}"
               f"{middle['ratings_per_second'] / 1e6:12.2f}{efficiency:11.2f}{beside:13.2f}"
-              f"{middle['step_seconds'] * 1e6:9.0f}{middle['wait_seconds_per_step'] * 1e6:11.0f}"
+              f"{middle['step_seconds'] * 1e6:9.0f}{waited:>11}"
               f"{middle['bytes_per_step'] / 1e3:10.1f}")  # fmt: skip
-        rows.append({"system": "mfdist", "algorithm": "adamw", "exact": True, "device": "cpu", "threads": 1,
-                     "order": _order(system), "batch_size": system.batch, "hosts": system.hosts, "name": system.name,
+        rows.append({"system": "mfdist", "algorithm": "adamw", "exact": True, "device": system.device,
+                     "threads": 1 if system.device == "cpu" else 0, "order": _order(system),
+                     "batch_size": system.batch, "hosts": system.hosts, "name": system.name,
                      "wire": system.wire, "way": system.way, "delay_ms": system.delay_ms, "efficiency": efficiency,
                      "of_all_cores": beside, "cores_shared": bool(shared), "rounds": system.found,
                      **middle})  # fmt: skip
     if flags.json:
-        machine = {"cores": cores, "gbps_of_relay": flags.gbps, "loopback": flags.loopback}
+        machine = {"cores": cores, "gbps_of_relay": flags.gbps, "loopback": flags.loopback, **_gpu()}
         Path(flags.json).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 def _ratio(one: System, other: System) -> float:
     pairs = zip(one.found, other.found, strict=False)
     return statistics.median(a["ratings_per_second"] / b["ratings_per_second"] for a, b in pairs)
+
+
+def _gpu() -> dict[str, Any]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {"gpu": torch.cuda.get_device_name(0), "torch": torch.__version__, "nccl": torch.cuda.nccl.version()}
 
 
 def _order(system: System) -> str:

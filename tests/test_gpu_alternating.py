@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
-pytest.importorskip("triton", reason="triton is to be had for Linux on x86-64 only")
-
 from datasets import make_dataset
+from interpreted import ON_GPU
 from ranks import run_ranks
 from safetensors.numpy import load_file
 
@@ -23,7 +17,7 @@ from mfdist.model.alternating_cpu import CpuSolver
 from mfdist.training.config import TrainConfig
 from mfdist.training.train import train
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if ON_GPU else "cpu"
 ROWS, OTHERS = 23, 31
 
 

@@ -14,39 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import make_dataset
+from interpreted import ON_GPU
+from ranks import run_ranks
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
-
-triton = pytest.importorskip("triton", reason="triton is to be had for Linux on x86-64 only")
-
-
-from datasets import make_dataset  # noqa: E402
-from ranks import run_ranks  # noqa: E402
-
-from mfdist.cluster.world import World  # noqa: E402
-from mfdist.log import Console  # noqa: E402
-from mfdist.model.cpu_step import FusedStep  # noqa: E402
-from mfdist.model.models import MF, Form, MFAdvanced  # noqa: E402
-from mfdist.model.objective import ITEM, USER, Objective, shares_of  # noqa: E402
-from mfdist.model.optimizers import RowOptimizer  # noqa: E402
-from mfdist.model.tables import Layout, ShardedTable  # noqa: E402
-from mfdist.training import session as sessions  # noqa: E402
-from mfdist.training.config import TrainConfig  # noqa: E402
-from mfdist.training.train import train  # noqa: E402
-
-if not ON_GPU:
-    from triton.runtime import interpreter
-
-    # Triton before 3.9 makes an int of an array of one element, which numpy 2.4 no longer allows.
-    _patch_tensor = interpreter._patch_lang_tensor
-
-    def _patched(tensor, scope):
-        _patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = _patched
+from mfdist.cluster.world import World
+from mfdist.log import Console
+from mfdist.model.cpu_step import FusedStep
+from mfdist.model.models import MF, Form, MFAdvanced
+from mfdist.model.objective import ITEM, USER, Objective, shares_of
+from mfdist.model.optimizers import RowOptimizer
+from mfdist.model.tables import Layout, ShardedTable
+from mfdist.training import session as sessions
+from mfdist.training.config import TrainConfig
+from mfdist.training.train import train
 
 USERS, ITEMS = 40, 25
 QUIET = Console(speaks=False)

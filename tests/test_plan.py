@@ -92,6 +92,35 @@ def test_replicated_tables_are_whole_with_a_gradient(dataset: Dataset) -> None:
     assert plan.plan_for(config, dataset, 2).table_bytes == expected
 
 
+def test_times_between_hosts_are_those_of_one_and_the_network(dataset: Dataset) -> None:
+    """What a slower network and more hosts add, and the batch from which messages alone are a tenth of a step."""
+    measured = calibration.Measured(
+        trial=calibration.Trial(4, 4, None, 1.0), threads=1, largest_rows=1500, start_seconds=1.0, read_seconds=1.0,
+        steps=100, step_seconds=0.002, settle_seconds=0.1, validation_rows=500, evaluate_seconds=0.1,
+        floors_seconds=0.1, stored_bytes=10**6, pause_seconds=0.1, store_seconds=0.1, peak_bytes=10**9,
+    )  # fmt: skip
+
+    def planned(**changes: Any) -> tuple[plan.Plan, plan.PlanConfig]:
+        config = config_of(dataset, **changes)
+        one = plan.plan_for(config, dataset, 4)
+        return plan.with_times(one, config, dataset.manifest, measured, 0), config
+
+    together, config = planned(ranks_per_host=4)
+    assert together.times and together.times.network.seconds == 0 and plan.batch_that_hides(together, config) is None
+    assert "between hosts" not in format_plans([together], config)
+    apart, config = planned(ranks_per_host=1, network_latency=500.0)
+    assert apart.times
+    steps, network = apart.steps_per_epoch, apart.times.network
+    assert apart.times.epoch - together.times.epoch == pytest.approx(steps * network.seconds)
+    assert network.messages == pytest.approx(2 * (500e-6 + 3 * plan.MESSAGE_SECONDS))
+    batch = plan.batch_that_hides(apart, config)
+    assert batch and apart.times.arithmetic * batch / 512 == pytest.approx(10 * network.messages, rel=1e-2)
+    slower, _ = planned(ranks_per_host=1, network_gbps=1.0)
+    assert slower.times and slower.times.network.line == pytest.approx(10 * network.line)
+    shown = format_plans([together, apart], config)
+    assert f"{batch:,}" in shown and f"{1000 * network.messages:.2f} ms" in shown
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_steps_and_lanes_are_the_loaders(dataset: Dataset, ranks: int) -> None:
     made = plan.plan_for(config_of(dataset), dataset, ranks)

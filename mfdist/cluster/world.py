@@ -137,10 +137,23 @@ class World:
         self, received: torch.Tensor, sent: torch.Tensor, received_rows: list[int], sent_rows: list[int]
     ) -> None:
         """Send rows of ``sent``, ``sent_rows[r]`` to rank r in rank order; ``received`` is filled likewise."""
+        self.begin_all_to_all(received, sent, received_rows, sent_rows)()
+
+    def begin_all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_rows: list[int], sent_rows: list[int]
+    ) -> Callable[[], None]:
+        """:meth:`all_to_all` that goes on beside what the caller does next; what is returned waits for it, on a GPU the
+        stream and not the host."""
         if self.size == 1:
             received.copy_(sent)
-        else:
-            dist.all_to_all_single(received, sent, received_rows, sent_rows)
+            return lambda: None
+        work = dist.all_to_all_single(received, sent, received_rows, sent_rows, async_op=True)
+        assert work is not None
+
+        def wait() -> None:
+            work.wait()
+
+        return wait
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum ``tensor`` over all ranks, in place, on its own device."""

@@ -1,6 +1,6 @@
 """The training step on a GPU, fused, in Triton: the same arithmetic as ``reference``, on packed rows as in ``cpu``.
 
-A step works on a batch sorted twice, by user and by item (``gpu_step.Sorted``); a *segment* is one row's ratings,
+A step works on a batch sorted twice, by user and by item (``gpu_batch.Sorted``); a *segment* is one row's ratings,
 consecutive in that order. Programs take tiles of segments, so that a short segment is a few turns of a loop:
 
     gather      item rows as they are now (caught up), copied out; their owner may be another rank
@@ -21,7 +21,7 @@ a member), with FACTORS to OWN_BIAS as the names of its places. Factors and bias
 next_power_of_2(32 + 1) columns would be half empty. With members the bias is a column of each (``gpu_members``); with
 bags a user's row that is copied out goes on with its bag gradient and the weight of an item in its bag. ``rules`` is
 the tuple of ``gpu_arguments.rules_on``. Pointers are to packed float32 rows (``table``), to the same memory as int32
-(``lasts``), to the arrays of ``gpu_step.Sorted``, and to rows copied out, PITCH floats apart. ``clock`` (1,) int32:
+(``lasts``), to the arrays of ``gpu_batch.Sorted``, and to rows copied out, PITCH floats apart. ``clock`` (1,) int32:
 steps taken so far.
 """
 

@@ -1,4 +1,4 @@
-"""Segments of a sorted batch on a GPU, in Triton; see ``gpu`` and ``gpu_step.Sorted``."""
+"""Segments of a sorted batch on a GPU, in Triton; see ``gpu`` and ``gpu_batch.Sorted``."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ Users without ratings get the mean of the others, which ranks by popularity; ite
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -32,6 +32,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from mfdist.data.loader import Batch
 from mfdist.errors import UsageError
 from mfdist.model.alternating_cpu import CpuSolver
 from mfdist.model.models import MF
@@ -138,6 +139,15 @@ class AlternatingStep(nn.Module):
             table.rows.last[rows] = table.step
         self.squared_error.fill_(squares)
         return (self.squared_error / global_rows).float()
+
+    @property
+    def transport(self) -> str:
+        """What item rows go through."""
+        return "the process group"
+
+    def follow(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """``batches``: no step needs to know what comes."""
+        return iter(batches)
 
     def settle(self) -> None:
         """Nothing: no row waits for anything."""

@@ -2,12 +2,13 @@
 
 The interface is ``fused.FusedStep``'s: one forward does the whole step but for the offset. In one process no step
 waits for the device, and a step as large as the one before it is one CUDA graph: its 30 kernels are queued at once,
-where Python would take longer than they do. With several ranks the exchange needs to know how many rows go where, so
-the host waits for the counts.
+where Python would take longer than they do. With several ranks the host waits for the device between many steps, see
+``exchange_between_gpus``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,58 +16,19 @@ import torch
 import triton
 from torch import nn
 
-from mfdist.kernels import gpu, gpu_grouping, packed, stride_of
+from mfdist.data.loader import Batch
+from mfdist.kernels import gpu, packed, stride_of
 from mfdist.kernels import gpu_arguments as given
 from mfdist.model.cpu_step import _Fused
+from mfdist.model.exchange_between_gpus import GpuExchange
+from mfdist.model.gpu_batch import LocalNumbers, Sorted
 from mfdist.model.models import MF
 from mfdist.model.objective import ITEM, USER, Floats32, Objective
 from mfdist.model.optimizers import RowOptimizer
-from mfdist.model.tables import Layout, ShardedTable
+from mfdist.model.tables import ShardedTable
 
 LINE_FLOATS = 8
 """Rows that are copied out begin at multiples of 32 bytes, what the device moves at once."""
-
-
-class Sorted:
-    """A batch's ratings by row of one side, int32: ``order`` (ratings,), ``number`` (ratings,) the segment of each
-    position of it; ``rows`` the distinct ones, ascending, ``starts`` where each begins in the order (and one past the
-    last); ``slot`` (ratings,) the segment of each rating; ``count`` (1,) how many rows."""
-
-    def __init__(self, ratings: int, device: torch.device) -> None:
-        sizes = (ratings, ratings, ratings, ratings, ratings + 1, 1)
-        space = [torch.zeros(size, dtype=torch.int32, device=device) for size in sizes]
-        self.head, self.number, self.rows, self.slot, self.starts, self.count = space
-        self.order = self.rows
-
-    def sort(self, ids: torch.Tensor) -> None:
-        """Fill all from ``ids`` (ratings,) int32, stably; nothing waits for the device."""
-        n = len(ids)
-        grid = (triton.cdiv(n, given.SORT_BLOCK),)
-        ids, self.order = torch.sort(ids, stable=True)
-        gpu_grouping.heads[grid](ids, self.head, n, given.SORT_BLOCK, **given.OPTIONS)
-        torch.cumsum(self.head[:n], 0, dtype=torch.int32, out=self.number[:n])
-        gpu_grouping.list_rows[grid](
-            ids, self.order, self.number, self.rows, self.starts, self.slot, self.count, n, given.SORT_BLOCK,
-            **given.OPTIONS,
-        )  # fmt: skip
-
-
-class LocalNumbers:
-    """Global rows that a rank holds to its local numbers, on the device, without a word to the host."""
-
-    def __init__(self, layout: Layout, rank: int, device: torch.device) -> None:
-        spans = [span for span in layout.ranges_of(rank) if span[0] < span[1]]
-        starts = np.cumsum([0, *(end - first for first, end in spans)])
-        shifts = {first: int(start) - first for (first, _end), start in zip(spans, starts, strict=False)}
-        self._identity = not any(shifts.values())
-        self._firsts = torch.tensor(sorted(shifts), dtype=torch.int64, device=device)
-        self._shifts = torch.tensor([shifts[first] for first in sorted(shifts)], dtype=torch.int64, device=device)
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """int64 or int32 (rows,) as given where the numbers are the same."""
-        if self._identity:
-            return rows
-        return rows + self._shifts[torch.searchsorted(self._firsts, rows.long(), right=True) - 1]
 
 
 class GpuStep(nn.Module):
@@ -101,9 +63,10 @@ class GpuStep(nn.Module):
         self._pitch = -(-form.width // LINE_FLOATS) * LINE_FLOATS
         through_bags = form.dim + 1 if self._bags else 0  # as ``kernels.cpu.user_pass`` leaves them
         self._user_pitch = -(-(form.width + through_bags) // LINE_FLOATS) * LINE_FLOATS
-        self._clock = torch.zeros(1, dtype=torch.int32, device=self._device)
+        self._clock, self._clock_ahead = (torch.zeros(1, dtype=torch.int32, device=self._device) for _ in range(2))
         self._no_offset = torch.zeros(1, device=self._device)
         self._local = [LocalNumbers(table.layout, table.world.rank, self._device) for table in (self._user, self._item)]
+        self._exchange = GpuExchange(self._item, self._pitch) if self._item.world.size > 1 else None
         self._graphs: dict[tuple[int, int], Any] = {}
         self._last_size = (-1, -1)
         self._uses_graphs = graphs and self._device.type == "cuda" and self._item.world.size == 1
@@ -121,6 +84,20 @@ class GpuStep(nn.Module):
             return loss
         loss_of: torch.Tensor = _Fused.apply(offset, self, user, item, rating, global_rows)  # type: ignore[no-untyped-call]
         return loss_of
+
+    def follow(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """``batches``; with several ranks the steps know what comes, see ``exchange_between_gpus``."""
+        return self._exchange.follow(batches) if self._exchange else iter(batches)
+
+    @property
+    def transport(self) -> str:
+        """What item rows go through."""
+        return "the process group, many steps' requests at once" if self._exchange else "nothing"
+
+    @property
+    def traffic(self) -> dict[str, float]:
+        """So far: ``bytes`` of rows and gradients that have left this rank; waiting is not seen from the host."""
+        return {"bytes": float(self._item.wire_bytes), "wait_seconds": 0.0}
 
     def close(self) -> None:
         """Give back the graphs and what they hold."""
@@ -145,12 +122,11 @@ class GpuStep(nn.Module):
         self._clock.fill_(self._user.step)
         self._users[:number].copy_(self._local[0](user))
         self._ratings[:number].copy_(rating)
-        if self._item.world.size == 1:
+        if self._exchange is None:
             self._items[:number].copy_(self._local[1](item))
             self._at_home(number, global_rows)
         else:
-            self._items[:number].copy_(item)
-            self._with_others(number, global_rows)
+            self._with_others(self._exchange, item, global_rows)
         self._user.step = self._item.step = self._user.step + 1
         self.squared_error = self._sums[0].clone()  # the next step writes over it
         return (self.squared_error / global_rows).float(), self._sums[1:].float()
@@ -173,41 +149,44 @@ class GpuStep(nn.Module):
         self._by_user.sort(self._users[:number])
         self._by_item.sort(self._items[:number])
         items = self._by_item
-        self._gather(number, items.rows, items.count, self._own)
+        self._gather(number, items.rows, items.count, self._own, self._clock)
         self._user_pass(number, scale, self._own)
         self._item_pass(number, scale, self._own, None)
         self._add_up(number)
 
-    def _with_others(self, number: int, global_rows: int) -> None:
+    def _with_others(self, exchange: GpuExchange, item: torch.Tensor, global_rows: int) -> None:
         """Item rows come from their owners, and their gradients go back; collective."""
-        scale, items, shape = 2 * self._objective.weight(global_rows), self._by_item, self._shapes[ITEM]
+        scale, number = 2 * self._objective.weight(global_rows), len(item)
+        asked = exchange.requests(item)
+        self._by_item, rows = asked.items, len(asked.mine)
         if number:
             self._by_user.sort(self._users[:number])
-            items.sort(self._items[:number])
-        num_items = int(items.count) if number else 0
-        exchange = self._item.exchange(items.rows[:num_items])
-        mine, asked = exchange.mine.int(), len(exchange.mine)
-        count = torch.full((1,), asked, dtype=torch.int32, device=self._device)
-        current = torch.empty(max(asked, 1), self.model.form.width, device=self._device)
-        self._gather(asked, mine, count, current)
-        own = exchange.fetch(current[:asked])
-        gradient = torch.empty(num_items, self.model.form.width, device=self._device)
+        own, current = exchange.bring_rows(asked, self._gather_to)
+        gradient = torch.empty(asked.number, self.model.form.width, device=self._device)
         if number:
             self._user_pass(number, scale, own)
             self._item_pass(number, scale, own, gradient)
-        total = exchange.give_back(gradient)
-        if asked:
-            gpu.update[triton.cdiv(asked, self._tile),](
-                *_flat(self._item), mine, count, current, total, self._clock, self._rules, shape, current.stride(0),
-                total.stride(0), self._tile, **given.OPTIONS,
+        total = exchange.give_back(asked, gradient)
+        if rows:
+            gpu.update[triton.cdiv(rows, self._tile),](
+                *_flat(self._item), asked.mine.clone(), asked.count[0, :1], current, total, self._clock, self._rules,
+                self._shapes[ITEM], current.stride(0), total.stride(0), self._tile, **given.OPTIONS,
             )  # fmt: skip
         self._add_up(number)
 
-    def _gather(self, most: int, rows: torch.Tensor, count: torch.Tensor, out: torch.Tensor) -> None:
-        """Current weights of at most ``most`` item rows to ``out``."""
+    def _gather_to(self, rows: torch.Tensor, count: torch.Tensor, out: torch.Tensor, ahead: bool) -> None:
+        """``exchange_between_gpus.Gather``."""
+        if ahead:
+            self._clock_ahead.fill_(self._item.step + 1)
+        self._gather(len(rows), rows, count, out, self._clock_ahead if ahead else self._clock)
+
+    def _gather(
+        self, most: int, rows: torch.Tensor, count: torch.Tensor, out: torch.Tensor, clock: torch.Tensor
+    ) -> None:
+        """Weights after step ``clock`` of at most ``most`` item rows to ``out``."""
         if most:
             gpu.gather[triton.cdiv(most, self._tile),](
-                *_flat(self._item), rows, count, out, self._clock, self._rules, self._shapes[ITEM], out.stride(0),
+                *_flat(self._item), rows, count, out, clock, self._rules, self._shapes[ITEM], out.stride(0),
                 self._tile, **given.OPTIONS,
             )  # fmt: skip
 
@@ -295,11 +274,12 @@ class GpuStep(nn.Module):
         self._capacity = ratings + ratings // 8
         room, device = max(self._capacity, 1), self._device
         blocks = 2 * triton.cdiv(room, given.CHUNK)
-        self._by_user, self._by_item = Sorted(room, device), Sorted(room, device)
-        self._users, self._items = (torch.zeros(room, dtype=torch.int32, device=device) for _ in range(2))
+        alone = 0 if self._exchange else room  # with others these are the exchange's
+        self._by_user, self._by_item = Sorted(room, device), Sorted(alone, device)
+        self._users, self._items = (torch.zeros(size, dtype=torch.int32, device=device) for size in (room, alone))
         self._ratings, self._error = (torch.zeros(room, device=device) for _ in range(2))
         self._slope = torch.zeros(room * max(self.model.form.members, 1), device=device)
-        self._own = torch.zeros(room, self._pitch, device=device)
+        self._own = torch.zeros(alone, self._pitch, device=device)
         self._before = torch.zeros(room, self._user_pitch, device=device)
         self._parts = torch.zeros(blocks, self._user_pitch, device=device)
         self._block_sums = torch.zeros(2 * triton.cdiv(room, given.SUM_BLOCK), dtype=torch.float64, device=device)

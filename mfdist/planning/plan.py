@@ -106,10 +106,25 @@ class PlanConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Network:
+    """Seconds of a rank's step between hosts, beside its arithmetic."""
+
+    line: float  # the host's, for what its ranks send
+    copies: float  # of what a rank sends and takes
+    messages: float  # travelling, sent and taken, whatever is in them
+
+    @property
+    def seconds(self) -> float:
+        return self.line + self.copies + self.messages
+
+
+@dataclass(frozen=True, kw_only=True)
 class Times:
     """Seconds of a run; ``measured`` is what they follow from."""
 
     start: float  # until the first step: processes, tables, ratings read
+    arithmetic: float  # of a step
+    network: Network  # of a step, where ranks are on several hosts
     epoch: float  # steps, settling, evaluation
     checkpoint: float  # the pause of one
     end: float  # the last checkpoint, export, report
@@ -297,37 +312,51 @@ def with_times(one: Plan, config: PlanConfig, manifest: Manifest, found: Measure
     step = (
         found.step_seconds * largest / max(found.largest_rows, 1) if found.trial.lanes is None else found.step_seconds
     )
-    step += seconds_between_hosts(one, config)
+    network = between_hosts(one, config)
     share = calibration.share_of(manifest, found.trial)
     settle = found.settle_seconds * table_bytes(config, manifest, one.ranks) / max(
         table_bytes(config, share, found.trial.processes), 1
     )  # fmt: skip
     validation = max(rows_of_ranks(manifest, one.ranks, "val")) * found.trial.processes / max(found.validation_rows, 1)
-    epoch = steps * step + settle + found.evaluate_seconds * validation
+    epoch = steps * (step + network.seconds) + settle + found.evaluate_seconds * validation
     stored = one.checkpoint_bytes * found.trial.processes / one.ranks / max(found.stored_bytes, 1)
     exported = one.export_bytes / max(found.stored_bytes, 1)
     end = stored * found.store_seconds + exported * found.store_seconds + found.floors_seconds
     start = found.start_seconds + found.read_seconds
     pause = stored * found.pause_seconds
     total = start + epochs * epoch + end + pause * checkpoints(config, steps, epochs * epoch)
-    times = Times(start=start, epoch=epoch, checkpoint=pause, end=end, total=total, measured=found)
+    times = Times(
+        start=start, arithmetic=step, network=network, epoch=epoch, checkpoint=pause, end=end, total=total,
+        measured=found,
+    )  # fmt: skip
     return dataclasses.replace(one, base_bytes=base_bytes, times=times)
 
 
-def seconds_between_hosts(one: Plan, config: PlanConfig) -> float:
+def between_hosts(one: Plan, config: PlanConfig) -> Network:
     """What a step takes for the network, beside what was measured between processes of one host; nothing of it is
     taken to be hidden behind arithmetic.
 
     The host's line has to carry what its ranks send; each rank copies its own bytes out and others' in, and waits for
     each kind of message as long as one travels."""
     if one.hosts == 1:
-        return 0.0
+        return Network(line=0.0, copies=0.0, messages=0.0)
     here = ranks_per_host(config, one.ranks)
     peers = one.ranks - here
     leaving = one.wire_bytes * peers / (one.ranks - 1) + MESSAGES * HEADER_BYTES * peers
-    line = here * leaving * 8 / (config.network_gbps * 1e9)
-    copies = 2 * leaving / COPY_BYTES_PER_SECOND + MESSAGES * peers * MESSAGE_SECONDS
-    return line + copies + MESSAGES * config.network_latency * 1e-6
+    return Network(
+        line=here * leaving * 8 / (config.network_gbps * 1e9),
+        copies=2 * leaving / COPY_BYTES_PER_SECOND,
+        messages=MESSAGES * (peers * MESSAGE_SECONDS + config.network_latency * 1e-6),
+    )
+
+
+def batch_that_hides(one: Plan, config: PlanConfig) -> int | None:
+    """The batch size from which messages take less than a tenth of a step's arithmetic; None where none travel.
+
+    Bytes are no part of this: they grow with the batch as arithmetic does."""
+    if one.times is None or not one.times.network.messages:
+        return None
+    return math.ceil(config.batch_size * 10 * one.times.network.messages / max(one.times.arithmetic, 1e-9))
 
 
 def checkpoints(config: PlanConfig, steps: int, seconds: float) -> int:

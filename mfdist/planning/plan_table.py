@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mfdist.cluster.launch import usable_cores
 from mfdist.planning.calibration import Measured
-from mfdist.planning.plan import Plan, PlanConfig
+from mfdist.planning.plan import Plan, PlanConfig, batch_that_hides
 
 
 def format_plans(plans: Sequence[Plan], config: PlanConfig) -> str:
@@ -27,6 +27,7 @@ def format_plans(plans: Sequence[Plan], config: PlanConfig) -> str:
         ("sent by a rank in a step", [_bytes(p.wire_bytes) for p in plans]),
         ("a checkpoint, all ranks", [_bytes(p.checkpoint_bytes) for p in plans]),
         ("start", [_seconds(t.start if t else None) for t in times]),
+        *_steps(plans, config),
         ("an epoch", [_seconds(t.epoch if t else None) for t in times]),
         ("pause of a checkpoint", [_seconds(t.checkpoint if t else None) for t in times]),
         ("last checkpoint, export, report", [_seconds(t.end if t else None) for t in times]),
@@ -38,6 +39,22 @@ def format_plans(plans: Sequence[Plan], config: PlanConfig) -> str:
     return "\n".join(
         table + said + [_said(t.measured) for t in times if t] + [p.too_large for p in plans if p.too_large]
     )
+
+
+def _steps(plans: Sequence[Plan], config: PlanConfig) -> list[tuple[str, list[str]]]:
+    """What a step takes, and of which batch size the messages between hosts are a small part."""
+    times, hiding = [plan.times for plan in plans], [batch_that_hides(plan, config) for plan in plans]
+    lines = [("a step's arithmetic", [_milliseconds(t.arithmetic if t else None) for t in times])]
+    if any(plan.hosts > 1 for plan in plans):
+        lines += [
+            (
+                "a step's bytes between hosts",
+                [_milliseconds(t.network.line + t.network.copies if t else None) for t in times],
+            ),
+            ("a step's messages between hosts", [_milliseconds(t.network.messages if t else None) for t in times]),
+            ("batch with a tenth of messages", [f"{size:,}" if size else "-" for size in hiding]),
+        ]
+    return lines
 
 
 def _said(found: Measured) -> str:
@@ -59,6 +76,10 @@ def _bytes(number: float) -> str:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
         number /= 1024
     return f"{number:.1f} TiB"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.2f} ms"
 
 
 def _seconds(seconds: float | None) -> str:

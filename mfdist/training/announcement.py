@@ -102,8 +102,7 @@ def _machine(session: Session) -> str:
         return f"{who}; tables cut by rows, by torch's own autograd"
     if world.size == 1:
         return who
-    transport = f", item rows go through {session.fused.transport}" if isinstance(session.fused, FusedStep) else ""
-    return f"{who}; tables cut by rows{transport}"
+    return f"{who}; tables cut by rows, item rows go through {session.fused.transport}"
 
 
 def _device(session: Session) -> str:

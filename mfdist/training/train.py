@@ -25,7 +25,6 @@ from mfdist.data.loader import Batch, Loader
 from mfdist.errors import DataError, DivergedError, MfdistError, StopRequested
 from mfdist.log import Console
 from mfdist.model.autograd_step import autograd_step
-from mfdist.model.cpu_step import FusedStep
 from mfdist.run import directory
 from mfdist.run.about import REMEDY
 from mfdist.run.lease import Lease
@@ -147,7 +146,7 @@ def train_step(session: Session, batch: Batch) -> torch.Tensor:
 def batches_of(session: Session, epoch: int, start_step: int = 0) -> Iterator[Batch]:
     """The batches of an epoch from ``start_step`` on, for :func:`train_step`; the step looks ahead where that pays."""
     batches = session.loader.epoch(epoch, start_step)
-    return session.fused.follow(batches) if isinstance(session.fused, FusedStep) else batches
+    return batches if session.fused is None else session.fused.follow(batches)
 
 
 def _fused_step(session: Session, batch: Batch) -> torch.Tensor:
