@@ -8,7 +8,8 @@
 Without --source the CSV is synthetic: Electronics' size (or --rows), from `jobs/synthesize.py --preset electronics`.
 Each program runs in a process of its own, both in turn; the best of --repeats is shown. Compiled code is cached by a
 first run on a small file, as it is on every machine after its first use. With --engine spark the peak is the resident
-memory of all processes together (Spark's and its Python workers'), and the bytes that Spark shuffled are told.
+memory of all processes together (Spark's and its Python workers'), and the bytes that Spark shuffled and what a row
+takes of processors are told.
 """
 
 from __future__ import annotations
@@ -50,10 +51,12 @@ def timed(command: list[str]) -> tuple[float, int]:
 
 
 class Together:
-    """The most resident memory that a process and those below it had at once, looked at five times a second."""
+    """The most resident memory that a process and those below it had at once, and the seconds of processors that they
+    took, looked at five times a second."""
 
     def __init__(self, pid: int) -> None:
         self._process, self._over, self.peak = psutil.Process(pid), threading.Event(), 0
+        self._spent: dict[psutil.Process, float] = {}
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
@@ -64,24 +67,27 @@ class Together:
                 for process in (self._process, *self._process.children(recursive=True)):
                     with contextlib.suppress(psutil.Error):
                         total += process.memory_info().rss
+                        times = process.cpu_times()
+                        self._spent[process] = times.user + times.system
             self.peak = max(self.peak, total)
 
-    def end(self) -> int:
+    def end(self) -> tuple[int, float]:
+        """(peak resident bytes, processor seconds)."""
         self._over.set()
         self._thread.join()
-        return self.peak
+        return self.peak, sum(self._spent.values())
 
 
-def timed_together(command: list[str], env: dict[str, str]) -> tuple[float, int]:
-    """(seconds, peak resident bytes of all its processes) of a program; it must succeed."""
+def timed_together(command: list[str], env: dict[str, str]) -> tuple[float, int, float]:
+    """(seconds, peak resident bytes of all its processes, their processor seconds) of a program; it must succeed."""
     began = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | env)
     together = Together(process.pid)
     code = process.wait()
-    peak = together.end()
+    seconds, (peak, spent) = time.perf_counter() - began, together.end()
     if code:
         raise SystemExit(f"{' '.join(command)} ended with {code}")
-    return time.perf_counter() - began, peak
+    return seconds, peak, spent
 
 
 def shuffled_bytes(events: Path) -> int:
@@ -110,7 +116,7 @@ def measure_spark(
     on_spark = ["--engine", "spark", "--spark-master", master]
     commands = {"prepare": [str(source), "--out", str(folder / "one/d")],
                 "prepare --engine spark": [str(source), "--out", str(folder / "spark/d"), *on_spark]}  # fmt: skip
-    best: dict[str, tuple[float, int]] = {}
+    best: dict[str, tuple[float, int, float]] = {}
     head = str(beginning(source, folder))
     for more in ([], on_spark):
         timed_together([*prepare, head, "--out", str(folder / "small"), *more], env)
@@ -118,9 +124,10 @@ def measure_spark(
     events.mkdir()
     for _ in range(repeats):
         for name, command in commands.items():
-            seconds, peak = timed_together([*prepare, *command], env)
-            old = best.get(name, (seconds, peak))
-            best[name] = min(old[0], seconds), max(old[1], peak)
+            seconds, peak, spent = timed_together([*prepare, *command], env)
+            old = best.get(name, (seconds, peak, spent))
+            best[name] = min(old[0], seconds), max(old[1], peak), min(old[2], spent)
+            print(f"{name}: {seconds:.1f} s, {spent:.1f} s of processors", file=sys.stderr)
     prints = [json.loads((folder / place / "d/dataset.json").read_text())["fingerprint"] for place in ("one", "spark")]
     if prints[0] != prints[1]:
         raise SystemExit(f"the datasets differ: {prints}")
@@ -128,8 +135,9 @@ def measure_spark(
     print(f"equal datasets; Spark shuffled {shuffled / 2**20:,.0f} MiB, {shuffled / rows:.1f} bytes a row ({master})")
     return [{"system": name, "algorithm": "read, hash, split, lanes", "exact": True, "device": "cpu",
              "threads": os.cpu_count(), "rows": rows, "seconds": seconds, "rows_per_second": rows / seconds,
-             "peak_rss_bytes": peak, "memory": memory, "shuffled_bytes": 0 if name == "prepare" else shuffled}
-            for name, (seconds, peak) in best.items()]  # fmt: skip
+             "peak_rss_bytes": peak, "processor_seconds": spent, "memory": memory,
+             "shuffled_bytes": 0 if name == "prepare" else shuffled}
+            for name, (seconds, peak, spent) in best.items()]  # fmt: skip
 
 
 def synthetic(rows: int, path: Path) -> None:
@@ -185,10 +193,11 @@ def main() -> None:
         found = measure_spark(*given, args.spark_master) if args.engine == "spark" else measure(*given)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # Spark takes its own folders away at the same time
-    print(f"{'':34}{'seconds':>9}{'M rows/s':>10}{'peak RSS':>11}{'rows':>13}")
+    print(f"{'':34}{'seconds':>9}{'M rows/s':>10}{'peak RSS':>11}{'rows':>13}{'processor us a row':>20}")
     for row in found:
+        spent = f"{row['processor_seconds'] / row['rows'] * 1e6:.2f}" if "processor_seconds" in row else "-"
         print(f"{row['system']:34}{row['seconds']:9.2f}{row['rows_per_second'] / 1e6:10.2f}"
-              f"{row['peak_rss_bytes'] / 2**30:8.2f}GiB{row['rows']:13,}")  # fmt: skip
+              f"{row['peak_rss_bytes'] / 2**30:8.2f}GiB{row['rows']:13,}{spent:>20}")  # fmt: skip
     print(f"{found[1]['system']} takes {found[1]['seconds'] / found[0]['seconds']:.2f} times as long")
     if args.json:
         machine = {
