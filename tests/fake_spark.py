@@ -85,6 +85,8 @@ class Frame:
 class Spark:
     """The part of a session that prepare uses."""
 
+    defaultParallelism = 2
+
     def __init__(self) -> None:
         self.sparkContext, self.files = self, {}
 

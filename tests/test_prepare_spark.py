@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from mfdist.prepare.columns import recognise
 from mfdist.prepare.config import PrepareConfig
 from mfdist.prepare.input_files import find_sources
 from mfdist.prepare.row_checks import Rules
-from mfdist.prepare_spark import driver, pieces, session
+from mfdist.prepare_spark import driver, engine, pieces, session
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
 
@@ -62,6 +63,29 @@ def test_the_dataset_is_that_of_one_machine(spark: Any, tmp_path: Path, monkeypa
     later = write_as("json23", tmp_path, [(f"new{row[0]}", *row[1:]) for row in rows[2500:]] + rows[:40])
     code, said = check_equal(tmp_path / "plain", [str(later), "--append"])
     assert code == 0 and "rows in 540" in said
+
+
+def test_what_executors_do_not_see_is_said_before_the_work(
+    spark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of OUT, a source; late ones are waited for."""
+    monkeypatch.setattr(session, "LATE_SECONDS", 0.5)
+    there, absent = tmp_path / "there", tmp_path / "absent"
+    there.write_text("")
+    with engine.session(None) as running:
+        session.check_shared(running, str(tmp_path / "d"), "OUT", [str(there)])
+        assert not [*(tmp_path / "d").iterdir()]
+        with pytest.raises(UsageError, match=r"/absent is not to be seen on all executors"):
+            session.check_shared(running, str(tmp_path / "d"), "OUT", [str(there), str(absent)])
+        monkeypatch.setattr(session.storage, "write_text", lambda path, text: None)
+        with pytest.raises(UsageError, match=r"^OUT is another folder on the executors than on the driver"):
+            session.check_shared(running, str(tmp_path / "d"), "OUT", [str(there)])
+    monkeypatch.setattr(session, "LATE_SECONDS", 20.0)
+    later = threading.Timer(0.5, absent.write_text, [""])
+    later.start()
+    (found,) = session.missing_task([str(absent)])(iter([]))
+    assert found.num_rows == 0
+    later.join()
 
 
 @pytest.mark.parametrize(

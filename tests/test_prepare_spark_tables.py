@@ -104,6 +104,19 @@ def test_what_cannot_be_read_is_a_sentence(
     assert found == code and sentence in said and not list(tmp_path.iterdir())
 
 
+def test_ids_of_a_type_that_no_id_has_are_refused_before_the_copy(
+    spark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spark.createDataFrame([([1, 2], "a", 3.0)], "user_id array<int>, item_id string, rating double").write.orc(
+        str(tmp_path / "orc")
+    )
+    monkeypatch.setattr(lake_tables, "copy", None)
+    with SparkEngine(None) as engine:
+        argv = [str(tmp_path / "orc"), "--out", str(tmp_path / "d"), "--engine", "spark", "--source-format", "orc"]
+        code, said = ended(argv, engine)
+    assert code == 3 and "column 'user_id' is of type list" in said and not (tmp_path / "d").exists()
+
+
 def test_columns_by_position_are_those_of_the_table(spark: Any, source: Path, tmp_path: Path) -> None:
     table = pq.read_table(source / "ratings.parquet").select(["item_id", "stars", "review", "user id"])
     pq.write_table(table, tmp_path / "turned.parquet")

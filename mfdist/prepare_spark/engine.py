@@ -32,7 +32,15 @@ from mfdist.prepare_spark.driver import PART_BYTES, Gathered, gather, make_plan,
 from mfdist.prepare_spark.lake_tables import copied
 from mfdist.prepare_spark.messages import COLUMNS, ITEMS, REJECTS, ROWS, USERS, ids_in, unpacked
 from mfdist.prepare_spark.read_stage import Parts
-from mfdist.prepare_spark.session import check_installed, collected, facts_in, session, streamed, unshared
+from mfdist.prepare_spark.session import (
+    check_installed,
+    check_seen,
+    check_shared,
+    collected,
+    facts_in,
+    session,
+    streamed,
+)
 from mfdist.prepare_spark.write_stage import (
     COUNTED,
     Numbering,
@@ -78,6 +86,7 @@ class SparkEngine:
         staging = storage.absolute(staging_folder(config.target, scratch))
         try:
             with session(self._master) as spark:
+                check_shared(spark, staging, config.target, (source.path for source in files(sources)))
                 found, gathered = gather(spark, config, files(sources), layouts, rules, config.duplicates, scratch,
                                          console)  # fmt: skip
                 with closing(gathered):
@@ -93,6 +102,7 @@ class SparkEngine:
         """The rows of an append: read on the cluster, brought to the driver, which adds them to the dataset."""
         rules = rules_of(config, layouts, salt, console, time_unit)
         with session(self._master) as spark:
+            check_shared(spark, None, config.target, (source.path for source in files(sources)))
             found, gathered = gather(spark, config, files(sources), layouts, rules, "keep", scratch, console)
             with closing(gathered), console.busy("bringing what was read to the driver"):
                 return brought(config, found, gathered, scratch)
@@ -172,7 +182,7 @@ def added(parts: Sequence[Totals]) -> Totals:
 def commit(config: PrepareConfig, found: Found, plan: Plan, totals: Totals, written: Sequence[Written],
            request: dict[str, Any], scratch: str, console: Console) -> Dataset:  # fmt: skip
     """Give the files of the attempts that count their names, and write items, report and manifest."""
-    check_seen(config.target, written)
+    check_seen((storage.join(one.folder, entry.path) for one in written for entry in one.files), config.target)
     open_directory(config.target)
     entries = {entry.path: entry for attempt in written for entry in attempt.files}
     for attempt in written:
@@ -187,14 +197,6 @@ def commit(config: PrepareConfig, found: Found, plan: Plan, totals: Totals, writ
     others = [entries["users.parquet"], item_file, entries["rejected.parquet"]]
     manifest = make_manifest(config, found, plan, totals, counts, others, request)
     return finish_dataset(config.target, manifest, found, totals, counts, console)
-
-
-def check_seen(out: str, written: Sequence[Written]) -> None:
-    """UsageError where the driver does not see what the executors have written."""
-    for attempt in written:
-        for entry in attempt.files:
-            if not storage.exists(storage.join(attempt.folder, entry.path)):
-                raise unshared(out)
 
 
 def put(source: str, target: str) -> None:

@@ -26,7 +26,8 @@ from mfdist.prepare.columns import SAMPLE_LINES, frame_layout
 from mfdist.prepare.config import PrepareConfig
 from mfdist.prepare.prepare import TABLES, check_target, refuse_other_settings
 from mfdist.prepare.sources import Source, recognised
-from mfdist.prepare_spark.session import attempt, explained, put_back, unshared
+from mfdist.prepare.tables import check_id_types
+from mfdist.prepare_spark.session import attempt, check_seen, check_shared, explained, put_back
 
 CATALOG = "table"
 """The format of sources that are names in Spark's catalog."""
@@ -61,6 +62,8 @@ def copied(spark: Any, config: PrepareConfig, console: Console) -> Iterator[list
         storage.remove(folder)
         made = storage.is_local(out) and not storage.exists(out)
     try:
+        if not config.dry_run:
+            check_shared(spark, folder, out)
         found: list[Source] = []
         for names, val in ((config.sources, False), (config.val, True)):
             for name in dict.fromkeys(names):
@@ -108,10 +111,15 @@ def opened(spark: Any, kind: str, name: str) -> Any:
 
 
 def copied_columns(head: pa.Table, name: str, columns: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The names of the columns that are user, item, rating and, where there is one, time, by a table's first rows."""
+    """The names of the columns that are user, item, rating and, where there is one, time, by a table's first rows.
+
+    DataError where it has none, and where no id is of a column's type: before anything is copied.
+    """
     if not head.num_rows:
         raise DataError(f"{storage.redact(name)} holds no rows of ratings.")
-    return tuple(str(column) for column in frame_layout(head, columns, storage.redact(name)).columns if column)
+    chosen = frame_layout(head, columns, storage.redact(name)).columns
+    check_id_types(head.schema, [str(column) for column in chosen[:2]], storage.redact(name))
+    return tuple(str(column) for column in chosen if column)
 
 
 def copy_head(head: pa.Table, columns: tuple[str, ...], place: str) -> list[str]:
@@ -131,12 +139,6 @@ def copy(spark: Any, frame: Any, columns: tuple[str, ...], place: str) -> list[s
     finally:
         put_back(spark, before)
     return [path for _, path in sorted((row[0], row[1]) for row in written)]
-
-
-def check_seen(paths: list[str], out: str) -> None:
-    """UsageError where the driver does not see what the executors have written."""
-    if not all(storage.exists(path) for path in paths):
-        raise unshared(out)
 
 
 def write_task(place: str) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import pyarrow as pa
 
 from mfdist import storage
 from mfdist.errors import MfdistError, UsageError
 from mfdist.prepare_spark.messages import FACT, FAULT, Message, value_of
 
 LEAST_JAVA = 17
+LATE_SECONDS = 5.0
+"""How late a file may be seen on another machine by a network's disk."""
 SETTINGS = {
     "spark.sql.adaptive.enabled": "false",  # it would put several lanes into one task
     "spark.sql.execution.arrow.maxRecordsPerBatch": "16",  # messages have megabytes
@@ -105,10 +111,61 @@ def explained() -> Iterator[None]:
         raise MfdistError(f"Spark gave up: {reason_of(str(error))}. Its log says more.") from error
 
 
-def unshared(out: str) -> UsageError:
-    """The error where the driver does not see what the executors have written."""
-    return UsageError(f"{storage.redact(out)} is another folder on the executors than on the driver: --out must be on "
-                      "a disk that all of them share, or a URL.")  # fmt: skip
+def check_shared(spark: Any, folder: str | None, out: str, sources: Iterable[str] = ()) -> None:
+    """UsageError where an executor does not see what the driver writes into ``folder`` (of ``out``), or a source.
+
+    Before the work: as many tasks look as there are cores, which reaches most executors, if not all."""
+    marker = storage.join(folder, f"seen-{secrets.token_hex(8)}") if folder and storage.is_local(folder) else None
+    looked_for = [path for path in map(storage.absolute, sources) if storage.is_local(path)]
+    if marker and folder:
+        storage.make_dirs(folder)
+        storage.write_text(marker, "")
+        looked_for.insert(0, marker)
+    if not looked_for:
+        return
+    tasks = max(1, spark.sparkContext.defaultParallelism)
+    try:
+        found = spark.range(0, tasks, 1, tasks).mapInArrow(missing_task(looked_for), "path string").collect()
+    finally:
+        if marker:
+            storage.remove(marker)
+    missing = {row[0] for row in found}
+    if marker in missing:
+        raise _unshared(out)
+    if missing:
+        raise UsageError(
+            f"{storage.redact(min(missing))} is not to be seen on all executors: sources must be on a disk that all of "
+            "them share, or URLs."
+        )
+
+
+def missing_task(paths: Sequence[str]) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """Which of ``paths`` this executor does not see, looking again for as long as a network's disk may be late."""
+
+    def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for _ in batches:
+            pass
+        missing, patience = list(paths), time.monotonic() + LATE_SECONDS
+        while missing := [path for path in missing if not os.path.exists(path)]:
+            if time.monotonic() > patience:
+                break
+            time.sleep(0.2)
+        yield pa.RecordBatch.from_pydict({"path": pa.array(missing, pa.string())})
+
+    return run
+
+
+def check_seen(paths: Iterable[str], out: str) -> None:
+    """UsageError where the driver does not see the files that the executors have written."""
+    if not all(map(storage.exists, paths)):
+        raise _unshared(out)
+
+
+def _unshared(out: str) -> UsageError:
+    return UsageError(
+        f"{storage.redact(out)} is another folder on the executors than on the driver: --out must be on a disk that "
+        "all of them share, or a URL."
+    )
 
 
 def reason_of(text: str) -> str:
