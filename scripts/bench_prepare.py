@@ -7,9 +7,9 @@
 
 Without --source the CSV is synthetic: Electronics' size (or --rows), from `jobs/synthesize.py --preset electronics`.
 Each program runs in a process of its own, both in turn; the best of --repeats is shown. Compiled code is cached by a
-first run on a small file, as it is on every machine after its first use. With --engine spark the peak is the resident
-memory of all processes together (Spark's and its Python workers'), and the bytes that Spark shuffled and what a row
-takes of processors are told.
+first run on a small file, as it is on every machine after its first use. With --engine spark the peak is the memory of
+all processes together (Spark's and its Python workers'; mapped files are not counted), and the bytes that Spark shuffled
+and what a row takes of processors are told, beyond what a run on a thousand rows takes of them.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def timed(command: list[str]) -> tuple[float, int]:
 
 
 class Together:
-    """The most resident memory that a process and those below it had at once, and the seconds of processors that they
-    took, looked at five times a second."""
+    """The most memory of their own that a process and those below it had at once, and the seconds of processors that
+    they took, looked at five times a second. Pages of files that they map are the kernel's to take back: Spark maps
+    what it has shuffled."""
 
     def __init__(self, pid: int) -> None:
         self._process, self._over, self.peak = psutil.Process(pid), threading.Event(), 0
@@ -66,20 +67,29 @@ class Together:
             with contextlib.suppress(psutil.Error):
                 for process in (self._process, *self._process.children(recursive=True)):
                     with contextlib.suppress(psutil.Error):
-                        total += process.memory_info().rss
+                        total += own_bytes(process.pid)
                         times = process.cpu_times()
                         self._spent[process] = times.user + times.system
             self.peak = max(self.peak, total)
 
     def end(self) -> tuple[int, float]:
-        """(peak resident bytes, processor seconds)."""
+        """(peak bytes, processor seconds)."""
         self._over.set()
         self._thread.join()
         return self.peak, sum(self._spent.values())
 
 
+def own_bytes(pid: int) -> int:
+    """Resident memory of a process that is no file's; 0 where it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith(("RssAnon:", "RssShmem:")))
+
+
 def timed_together(command: list[str], env: dict[str, str]) -> tuple[float, int, float]:
-    """(seconds, peak resident bytes of all its processes, their processor seconds) of a program; it must succeed."""
+    """(seconds, peak bytes of all its processes, their processor seconds) of a program; it must succeed."""
     began = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | env)
     together = Together(process.pid)
@@ -118,8 +128,9 @@ def measure_spark(
                 "prepare --engine spark": [str(source), "--out", str(folder / "spark/d"), *on_spark]}  # fmt: skip
     best: dict[str, tuple[float, int, float]] = {}
     head = str(beginning(source, folder))
-    for more in ([], on_spark):
-        timed_together([*prepare, head, "--out", str(folder / "small"), *more], env)
+    small = {name: [*prepare, head, "--out", str(folder / "small"), *more]
+             for name, more in zip(commands, ([], on_spark), strict=True)}  # fmt: skip
+    start = {name: [timed_together(command, env)[2] for _ in range(2)][1] for name, command in small.items()}
     shutil.rmtree(events)
     events.mkdir()
     for _ in range(repeats):
@@ -135,7 +146,8 @@ def measure_spark(
     print(f"equal datasets; Spark shuffled {shuffled / 2**20:,.0f} MiB, {shuffled / rows:.1f} bytes a row ({master})")
     return [{"system": name, "algorithm": "read, hash, split, lanes", "exact": True, "device": "cpu",
              "threads": os.cpu_count(), "rows": rows, "seconds": seconds, "rows_per_second": rows / seconds,
-             "peak_rss_bytes": peak, "processor_seconds": spent, "memory": memory,
+             "peak_rss_bytes": peak, "processor_seconds": spent,
+             "start_processor_seconds": start[name], "memory": memory,
              "shuffled_bytes": 0 if name == "prepare" else shuffled}
             for name, (seconds, peak, spent) in best.items()]  # fmt: skip
 
@@ -193,11 +205,14 @@ def main() -> None:
         found = measure_spark(*given, args.spark_master) if args.engine == "spark" else measure(*given)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # Spark takes its own folders away at the same time
-    print(f"{'':34}{'seconds':>9}{'M rows/s':>10}{'peak RSS':>11}{'rows':>13}{'processor us a row':>20}")
+    print(f"{'':34}{'seconds':>9}{'M rows/s':>10}{'peak RSS':>11}{'rows':>13}{'processor s':>13}{'us a row':>10}")
     for row in found:
-        spent = f"{row['processor_seconds'] / row['rows'] * 1e6:.2f}" if "processor_seconds" in row else "-"
+        spent = f"{'-':>13}{'-':>10}"
+        if "processor_seconds" in row:
+            whole = row["processor_seconds"]
+            spent = f"{whole:13.1f}{(whole - row['start_processor_seconds']) / row['rows'] * 1e6:10.2f}"
         print(f"{row['system']:34}{row['seconds']:9.2f}{row['rows_per_second'] / 1e6:10.2f}"
-              f"{row['peak_rss_bytes'] / 2**30:8.2f}GiB{row['rows']:13,}{spent:>20}")  # fmt: skip
+              f"{row['peak_rss_bytes'] / 2**30:8.2f}GiB{row['rows']:13,}{spent}")  # fmt: skip
     print(f"{found[1]['system']} takes {found[1]['seconds'] / found[0]['seconds']:.2f} times as long")
     if args.json:
         machine = {
