@@ -8,8 +8,8 @@
 Without --source the CSV is synthetic: Electronics' size (or --rows), from `jobs/synthesize.py --preset electronics`.
 Each program runs in a process of its own, both in turn; the best of --repeats is shown. Compiled code is cached by a
 first run on a small file, as it is on every machine after its first use. With --engine spark the peak is the memory of
-all processes together (Spark's and its Python workers'; mapped files are not counted), and the bytes that Spark shuffled
-and what a row takes of processors are told, beyond what a run on a thousand rows takes of them.
+all processes together (Spark's and its Python workers'; mapped files are not counted); told are the bytes that Spark
+shuffled, and what a row takes of processors beyond what a run on a thousand rows takes.
 """
 
 from __future__ import annotations
