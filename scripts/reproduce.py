@@ -143,8 +143,8 @@ def run_step(step: Step, out: Path) -> int:
         return 0
     finished = (out / step.name / "report.json").exists()
     began = time.monotonic()
-    child = subprocess.Popen(step.command, cwd=ROOT)
-    with _pass_on_signals(child):
+    with _pass_on_signals() as signals:
+        child = signals.start(step.command)
         _, status, usage = os.wait4(child.pid, 0)
     code = child.returncode = os.waitstatus_to_exitcode(status)
     if not finished:
@@ -162,20 +162,33 @@ def run_step(step: Step, out: Path) -> int:
 class _pass_on_signals:
     """Context: a request to stop reaches the job, which writes its checkpoint; Ctrl-C does so by itself."""
 
-    def __init__(self, child: subprocess.Popen[bytes]) -> None:
-        self._child = child
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
         self._before: dict[int, Any] = {}
+        self._early: list[int] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _pass_on_signals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._received)
+        return self
+
+    def start(self, command: list[str]) -> subprocess.Popen[bytes]:
+        """The job; what was asked for before it was there reaches it, too."""
+        child = self._child = subprocess.Popen(command, cwd=ROOT)
+        for number in self._early:
+            child.send_signal(number)
+        return child
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _received(self, number: int, frame: object) -> None:
-        if number != signal.SIGINT:
+        if number == signal.SIGINT:
+            return
+        if self._child is None:
+            self._early.append(number)
+        else:
             self._child.send_signal(number)
 
 

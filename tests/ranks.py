@@ -11,7 +11,7 @@ from queue import Empty
 from typing import Any
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 600.0) -> list[Any]:
     """``function(world, *args)`` on ``size`` ranks; their results in rank order.
 
     ``function`` is a module-level function of the test. World size 1 runs here, in this process.

@@ -70,9 +70,9 @@ def start(
 
 
 def wait_for(*paths: Path) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not all(path.exists() for path in paths):
-        assert time.monotonic() < end, f"none of {paths} after 30 s"
+        assert time.monotonic() < end, f"none of {paths} after 120 s"
         time.sleep(0.05)
 
 
@@ -125,7 +125,7 @@ def test_a_crash_is_restarted_and_a_final_code_is_not(worker: str, tmp_path: Pat
 def test_a_signal_reaches_every_worker_once_and_gives_75(worker: str, tmp_path: Path, number: signal.Signals) -> None:
     process = start(worker, tmp_path, "wait", "wait")
     process.send_signal(number)
-    _, text = process.communicate(timeout=30)
+    _, text = process.communicate(timeout=120)
     assert process.returncode == 75, text
     for rank in range(2):
         assert len((tmp_path / f"rank{rank}-{number.name}").read_text().split()) == 1
@@ -139,7 +139,7 @@ def test_a_second_signal_does_not_cut_a_save_short(worker: str, tmp_path: Path) 
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == 75
     assert (tmp_path / "rank0-saved").exists() and (tmp_path / "rank1-saved").exists()
     assert no_worker_left(tmp_path)
@@ -151,9 +151,9 @@ def test_workers_that_do_not_stop_are_killed_after_the_time_out(worker: str, tmp
     process = start(worker, tmp_path, "deaf", flags=("--standalone", "--shutdown-timeout=1"))
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert (process.returncode, no_worker_left(tmp_path)) == (143, True)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 25  # torch's own is 30
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
@@ -162,7 +162,7 @@ def test_a_worker_that_answers_no_signal_promises_no_checkpoint(
 ) -> None:
     process = start(worker, tmp_path, "deaf", "deaf")
     process.send_signal(number)
-    _, text = process.communicate(timeout=30)
+    _, text = process.communicate(timeout=120)
     assert (process.returncode, no_worker_left(tmp_path)) == (128 + number, True)
     assert f"{number.name} received, exit code {128 + number}; no checkpoint was written for it" in text
 
@@ -177,7 +177,7 @@ def test_under_nohup_a_closed_terminal_stops_nothing(worker: str, tmp_path: Path
     time.sleep(1.5)
     assert process.poll() is None and not (tmp_path / "rank0-SIGHUP").exists()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == 75
 
 
@@ -186,12 +186,12 @@ def test_a_signal_while_waiting_for_the_other_hosts_gives_its_own_code(worker: s
     command = [sys.executable, "-m", "mfdist.launch", *flags, "--nproc-per-node=1", worker, str(tmp_path), "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     handled = signal.SIGUSR1
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not _catches(process.pid, handled):
         assert time.monotonic() < end
         time.sleep(0.05)
     process.send_signal(handled)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == 128 + handled
     assert not (tmp_path / "rank0-started").exists()
 

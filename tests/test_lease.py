@@ -85,7 +85,7 @@ def test_the_same_scheduler_job_follows_at_once_and_another_waits(tmp_path, monk
 
 
 def test_a_holder_elsewhere_that_beats_is_not_followed(tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "STALE_SECONDS", 1.0)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 30.0)  # the first beat ends the waiting
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.2)
     holder = Lease(str(tmp_path), print)
     holder._me["host"] = "elsewhere"
@@ -149,7 +149,9 @@ def test_junk_holds_nothing(tmp_path, content):
 RACER = """
 import os, sys, time
 from mfdist.errors import MfdistError
+from mfdist.run import lease
 from mfdist.run.lease import Lease
+lease.BEAT_SECONDS = 1e6  # a beat that is cut off at the end would leave its file
 folder, rounds = sys.argv[1], int(sys.argv[2])
 for number in range(rounds):
     print("ready", flush=True)

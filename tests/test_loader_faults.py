@@ -157,7 +157,7 @@ def test_the_interpreter_ends_while_an_epoch_is_open(tmp_path: Path) -> None:
         "epoch = loader.epoch(0); print(next(epoch).step)\n"
         "import sys; sys.exit(7)"
     )
-    ended = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True, check=False)
+    ended = subprocess.run([sys.executable, "-c", program], timeout=240, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (7, "0\n", "")
 
 
@@ -186,6 +186,9 @@ def test_work_in_flight_is_bounded() -> None:
     blocks = (([lambda number=number: started.append(number)], lambda: None) for number in range(50))
     prefetcher = Prefetcher(iter(blocks), threads=3, ahead=4)
     next(prefetcher)
+    end = time.monotonic() + 30
+    while len(started) < 5 and time.monotonic() < end:
+        time.sleep(0.01)
     time.sleep(0.1)
     assert len(started) == 5
     prefetcher.close()

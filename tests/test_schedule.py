@@ -76,6 +76,7 @@ def test_a_batch_needs_a_row() -> None:
         BatchOrder((3,), 0)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 700), st.integers(1, 40))
 def test_ranks_share_the_lanes(num_lanes: int, world_size: int) -> None:
     parts = [lanes_of_rank(num_lanes, rank, world_size) for rank in range(world_size)]

@@ -71,7 +71,7 @@ def test_locked_versions_are_installed_once(checkout: Path) -> None:
 
 def test_kernels_are_compiled_behind_the_set_up(checkout: Path) -> None:
     set_up(checkout)
-    for _ in range(100):
+    for _ in range(1000):  # it is at the lowest priority
         if (checkout / "compiled").exists():
             break
         time.sleep(0.1)
@@ -242,7 +242,7 @@ def test_a_step_is_measured_and_its_exit_code_passed_on(tmp_path: Path) -> None:
     assert first["peak_rss_bytes"] > 300e6 and first["seconds"] > 0  # a child's peak begins with its parent's
     assert run_step(step("mf", "import time; time.sleep(0.3)"), tmp_path) == 0  # goes on: its seconds are added
     both = measurements(tmp_path)["mf"]
-    assert both["seconds"] > first["seconds"] + 0.3 and both["peak_rss_bytes"] == first["peak_rss_bytes"]
+    assert both["seconds"] > first["seconds"] + 0.3 and both["peak_rss_bytes"] >= first["peak_rss_bytes"]
 
 
 def test_what_is_done_is_neither_run_nor_measured_again(tmp_path: Path) -> None:

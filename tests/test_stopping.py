@@ -84,7 +84,8 @@ def test_a_disk_that_becomes_read_only_is_a_sentence_and_the_checkpoints_stand(d
         def then_read_only(folder, step, *rest):
             size = commit(folder, step, *rest)
             if step == 12:
-                subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+                while subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=False).returncode:
+                    time.sleep(0.01)  # another thread has a file open
             return size
 
         monkeypatch.setattr(checkpoint, "commit", then_read_only)
