@@ -30,7 +30,7 @@ from mfdist.prepare.columns import recognise
 from mfdist.prepare.config import PrepareConfig
 from mfdist.prepare.input_files import find_sources
 from mfdist.prepare.row_checks import Rules
-from mfdist.prepare_spark import driver, engine, pieces, session
+from mfdist.prepare_spark import driver, engine, messages, pieces, session
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
 
@@ -164,6 +164,18 @@ def test_a_cut_file_gives_the_pieces_of_one_machine(
         assert (a.lines, a.num_in, a.rejects) == (b.lines, b.num_in, b.rejects)
         assert a.hashes[0][0].tolist() == b.hashes[0][0].tolist() and a.rating.tolist() == b.rating.tolist()
         assert a.time is not None and b.time is not None and a.time.tolist() == b.time.tolist()
+
+
+def test_batches_give_back_what_they_were_made_of() -> None:
+    """pyarrow keeps a buffer for ever that it makes an array of: a worker would hold all rows that it has sent."""
+    data = bytes(range(200))
+    references = sys.getrefcount(data)
+    parts = enumerate([data, pa.py_buffer(data)])
+    sent = [*messages.to_batches(messages.Message(1, 2, 3, number, part) for number, part in parts)]
+    del parts
+    assert [(m.target, m.number, bytes(m.data)) for m in messages.from_batches(sent)] == [(1, 0, data), (1, 1, data)]
+    del sent
+    assert sys.getrefcount(data) == references
 
 
 def test_what_spark_says_becomes_a_sentence() -> None:

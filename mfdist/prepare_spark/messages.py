@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,10 +49,17 @@ def to_batches(messages: Iterable[Message]) -> Iterator[pa.RecordBatch]:
 
 
 def _batch(messages: list[Message]) -> pa.RecordBatch:
-    columns = [*zip(*messages, strict=True)]
-    columns[-1] = tuple(memoryview(data) for data in columns[-1])
-    arrays = [pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)]
-    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+    *columns, data = zip(*messages, strict=True)
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=False)]
+    return pa.RecordBatch.from_arrays([*arrays, _binary(data)], schema=SCHEMA)
+
+
+def _binary(parts: Sequence[Any]) -> pa.BinaryArray:
+    """Bytes or buffers as an array; ``pyarrow.array`` never gives back a buffer that it was given."""
+    edges = np.cumsum([0, *map(len, parts)]).astype(np.int32)
+    return pa.BinaryArray.from_buffers(
+        pa.binary(), len(parts), [None, pa.py_buffer(edges), pa.py_buffer(b"".join(parts))]
+    )
 
 
 def from_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[Message]:
