@@ -115,10 +115,8 @@ def take_steps(world, epochs=(STEPS,), wire=torch.float32, announced=True, meeti
 @pytest.mark.parametrize(
     ("epochs", "announced", "meeting"),
     [
-        ((STEPS,), True, (4, 10**6)),
         ((STEPS,), True, (4, 13)),  # two batches, by their ratings
         ((STEPS,), True, (1, 10**6)),  # one of them is empty on every rank
-        ((STEPS,), True, (64, 10**6)),
         ((5, STEPS), True, (4, 10**6)),  # ends early, with rows on their way that nobody takes
         ((5, STEPS), False, (4, 10**6)),
     ],
@@ -132,8 +130,13 @@ def test_rows_and_sums_are_those_of_one_process_to_the_bit(epochs, announced, me
         assert bool(seen.gathered_ahead) == (announced and rank != 1)
 
 
-def test_a_step_makes_three_all_to_all_of_which_one_travels_beside_its_arithmetic():
-    for seen in run_ranks(3, take_steps):
+@pytest.fixture(scope="module")
+def by_rank():
+    return run_ranks(3, take_steps)
+
+
+def test_a_step_makes_three_all_to_all_of_which_one_travels_beside_its_arithmetic(by_rank):
+    for seen in by_rank:
         assert all(calls[0] == "asked" for calls in seen.calls)  # nobody meets within a step
         before = None
         for calls in seen.calls[1:-1]:
@@ -147,9 +150,9 @@ def test_a_step_makes_three_all_to_all_of_which_one_travels_beside_its_arithmeti
         assert sum(call.startswith("begin") for call in seen.calls[-1]) == 2 and f"wait {before}" in seen.calls[-1]
 
 
-def test_rows_travel_once_and_bf16_halves_their_bytes():
+def test_rows_travel_once_and_bf16_halves_their_bytes(by_rank):
     whole, narrow = (
-        [seen.bytes for seen in run_ranks(3, take_steps, (STEPS,), wire)] for wire in (torch.float32, torch.bfloat16)
+        [seen.bytes for seen in ranks] for ranks in (by_rank, run_ranks(3, take_steps, (STEPS,), torch.bfloat16))
     )
     for rank in range(3):
         expected = 0
@@ -168,7 +171,7 @@ def gpu_steps(world, announced, cuts):
     between.STEPS = 3
     form = Form(model="mf_advanced", dim=4, bias=True, init=True, sigmoid_range=(0.5, 5.5))
     optimizer = RowOptimizer(kind="adamw", lr=0.05, weight_decay=0.1, total_steps=100)
-    users, items, number = 40, 400, 12
+    users, items, number = 40, 400, 7
     layouts = [
         Layout(tuple(((rows * k // 2, rows * (k + 1) // 2),) for k in range(2)), (0, 1, 2)) for rows in (users, items)
     ]
@@ -203,7 +206,6 @@ def gpu_steps(world, announced, cuts):
 
 def test_rows_gathered_ahead_are_those_of_their_own_step_under_exact_adamw():
     """They miss one step's decay and momentum where the clock is the step's in work."""
-    whole = run_ranks(2, gpu_steps, False, ())
-    for cuts in ((), (4, 5)):
-        for (rows, ahead), (want_rows, _) in zip(run_ranks(2, gpu_steps, True, cuts), whole, strict=True):
-            assert np.array_equal(rows, want_rows) and ahead > 30
+    whole, ahead = (run_ranks(2, gpu_steps, announced, (4,)) for announced in (False, True))
+    for (rows, gathered), (want_rows, _) in zip(ahead, whole, strict=True):
+        assert np.array_equal(rows, want_rows) and gathered > 15

@@ -95,8 +95,8 @@ def test_replicated_tables_are_whole_with_a_gradient(dataset: Dataset) -> None:
 def test_times_between_hosts_are_those_of_one_and_the_network(dataset: Dataset) -> None:
     """What a slower network and more hosts add, and the batch from which messages alone are a tenth of a step."""
     measured = calibration.Measured(
-        trial=calibration.Trial(4, 4, None, 1.0), threads=1, largest_rows=1500, start_seconds=1.0, read_seconds=1.0,
-        steps=100, step_seconds=0.002, settle_seconds=0.1, validation_rows=500, evaluate_seconds=0.1,
+        trial=Trial(ranks=4, processes=4, lanes=None, seconds=1.0), threads=1, largest_rows=1500,
+        start_seconds=1.0, read_seconds=1.0, steps=100, step_seconds=0.002, settle_seconds=0.1, validation_rows=500, evaluate_seconds=0.1,
         floors_seconds=0.1, stored_bytes=10**6, pause_seconds=0.1, store_seconds=0.1, peak_bytes=10**9,
     )  # fmt: skip
 
