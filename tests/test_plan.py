@@ -96,8 +96,9 @@ def test_times_between_hosts_are_those_of_one_and_the_network(dataset: Dataset) 
     """What a slower network and more hosts add, and the batch from which messages alone are a tenth of a step."""
     measured = calibration.Measured(
         trial=Trial(ranks=4, processes=4, lanes=None, seconds=1.0), threads=1, largest_rows=1500,
-        start_seconds=1.0, read_seconds=1.0, steps=100, step_seconds=0.002, settle_seconds=0.1, validation_rows=500, evaluate_seconds=0.1,
-        floors_seconds=0.1, stored_bytes=10**6, pause_seconds=0.1, store_seconds=0.1, peak_bytes=10**9,
+        start_seconds=1.0, read_seconds=1.0, steps=100, step_seconds=0.002, settle_seconds=0.1,
+        validation_rows=500, evaluate_seconds=0.1, floors_seconds=0.1, stored_bytes=10**6, pause_seconds=0.1,
+        store_seconds=0.1, peak_bytes=10**9,
     )  # fmt: skip
 
     def planned(**changes: Any) -> tuple[plan.Plan, plan.PlanConfig]:
