@@ -94,7 +94,7 @@ class FusedStep(nn.Module):
         self._numbers = np.zeros(len(packed.STEP_FIELDS), np.float32)
         self._by_user, self._by_item, self._by_owner = Grouped(), Grouped(), Grouped()
         self._world = model.item.world
-        self._exchange = open_exchange(model.item, model.user) if self._world.size > 1 else None
+        self._exchange = open_exchange(model.item, model.user, form.units.values) if self._world.size > 1 else None
         self._compiled = False
         self._capacity = -1
         self._own, self._before = (np.empty((0, form.width), np.float32) for _ in range(2))

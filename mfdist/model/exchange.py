@@ -18,6 +18,7 @@ Between hosts there is ``exchange_between_hosts``, whose step is another.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,11 @@ FIRST_LINES = 1024
 """A rank's lines at first; they grow to what a batch needs."""
 
 
-def open_exchange(table: ShardedTable, users: ShardedTable) -> SharedExchange | HostExchange | GroupExchange:
-    """The fastest way for the ranks of a table that is cut over several; collective. ``users``: see HostExchange."""
+def open_exchange(
+    table: ShardedTable, users: ShardedTable, values: Callable[[torch.Tensor], torch.Tensor]
+) -> SharedExchange | HostExchange | GroupExchange:
+    """The fastest way for the ranks of a table that is cut over several; collective. ``users``, ``values``: see
+    HostExchange."""
     if table.wire_dtype == torch.float32:
         memory = _memory(table, FIRST_LINES)
         if memory is not None:
@@ -49,7 +53,7 @@ def open_exchange(table: ShardedTable, users: ShardedTable) -> SharedExchange | 
     found = open_transport(table.world) if table.world.may_connect else "not wanted"
     if isinstance(found, str):
         return GroupExchange(table, found)
-    return HostExchange(table, users, found)
+    return HostExchange(table, users, found, values)
 
 
 class SharedExchange:

@@ -30,9 +30,14 @@ OPENING = -2
 
 
 class HostExchange:
-    """See the module; every method but ``arrays`` is collective. ``users``: the table of the batches' users."""
+    """See the module; every method but ``arrays`` is collective. ``users``: the table of the batches' users.
+    ``values``: the ratings of a batch that is announced, in the units that the steps are given."""
 
-    def __init__(self, table: ShardedTable, users: ShardedTable, transport: Transport) -> None:
+    def __init__(
+        self, table: ShardedTable, users: ShardedTable, transport: Transport,
+        values: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:  # fmt: skip
+        self._values = values
         self._table, self._users, self._world, self._transport = table, users, table.world, transport
         self.name = transport.name
         ranks = self._world.size
@@ -71,13 +76,14 @@ class HostExchange:
         """The steps of the pipeline to take for ``batch``: one, with the opening before it where it is the first.
 
         The caller makes :meth:`run` of each before it asks for the next."""
-        ahead = list(self._queue)[: AHEAD + 1] if self._queue and self._queue[0].item is batch.item else [batch]
+        announced = bool(self._queue) and self._queue[0].item is batch.item
+        ahead = list(self._queue)[: AHEAD + 1] if announced else [batch]
         if not (self._loaded and self._loaded[0] is batch.item):
             self._open(batch.global_rows)
             for step in range(OPENING, 0):
-                self._load(step + 2, ahead)
+                self._load(step + 2, ahead, announced)
                 yield step
-        self._load(self._next + 2, ahead)
+        self._load(self._next + 2, ahead, announced)
         yield self._next
         self._loaded.popleft()
         self._next += 1
@@ -110,8 +116,10 @@ class HostExchange:
 
     # The pipeline -------------------------------------------------------------------------------------
 
-    def _load(self, step: int, ahead: list[Batch]) -> None:
-        """Put the batch of ``step`` into the ring, where there is one, and say which of the next ones there are."""
+    def _load(self, step: int, ahead: list[Batch], announced: bool) -> None:
+        """Put the batch of ``step`` into the ring, where there is one, and say which of the next ones there are.
+
+        ``announced``: they are as the loader gave them, not as a step is given its batch."""
         first = step - 2  # the step that is taken now, or 0 where that is of the opening: ahead[0]
         index = min(first, 0) + 2
         self.control[wire.NEXT] = first > OPENING and len(ahead) > index - 1
@@ -124,7 +132,7 @@ class HostExchange:
         ring.counts[place, wire.RATINGS] = ratings
         ring.user[place, :ratings] = self._users.local_int32(batch.user.numpy())
         ring.item[place, :ratings] = batch.item.numpy()
-        ring.rating[place, :ratings] = batch.rating.numpy()
+        ring.rating[place, :ratings] = (self._values(batch.rating) if announced else batch.rating).numpy()
         self._loaded.append(batch.item)
 
     def _open(self, room: int) -> None:
