@@ -101,10 +101,8 @@ def take_steps(world, epochs=(STEPS,), wire=torch.float32, announced=True, meeti
             assert asked.number == len(distinct)
             weight[distinct] = read[world.rank, batch.step] = own[: asked.number, :WIDTH].clone()
             calls.append("arithmetic")
-            total, mine = (
-                exchange.give_back(asked, gradient_of(world.rank, batch.step, weight, distinct)),
-                asked.mine.long(),
-            )
+            mine = asked.mine.long()
+            total = exchange.give_back(asked, gradient_of(world.rank, batch.step, weight, distinct))
             assert torch.equal(current[: len(mine), :WIDTH], table.rows.weight[mine])
             table.rows.weight[mine] -= 0.3 * total
             of_step.append(list(calls))
@@ -172,9 +170,7 @@ def gpu_steps(world, announced, cuts):
     form = Form(model="mf_advanced", dim=4, bias=True, init=True, sigmoid_range=(0.5, 5.5))
     optimizer = RowOptimizer(kind="adamw", lr=0.05, weight_decay=0.1, total_steps=100)
     users, items, number = 40, 400, 7
-    layouts = [
-        Layout(tuple(((rows * k // 2, rows * (k + 1) // 2),) for k in range(2)), (0, 1, 2)) for rows in (users, items)
-    ]
+    layouts = [Layout((((0, rows // 2),), ((rows // 2, rows),)), (0, 1, 2)) for rows in (users, items)]
     tables = [
         ShardedTable(layout, form.width, optimizer, world, at_home=side == 0) for side, layout in enumerate(layouts)
     ]
